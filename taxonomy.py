@@ -1,0 +1,205 @@
+"""The ImageNet ancestor graph from WordNet: ancestors, heights, lowest common hypernyms (LCH).
+
+    tree = Taxonomy.from_wnids(["n02085620", "n02123045", "n02690373"])   # Chihuahua, tabby, airliner
+    v = tree.lch([[1, 1, 0]])[0]                                          # Chihuahua and tabby, not airliner
+    tree.names[v], tree.height[v]                                         # carnivore.n.01, 4
+
+WordNet's noun hypernyms form a directed acyclic graph with one root, entity.n.01, not a tree: a synset may
+have several hypernyms. A node is named by its wnid, "n" and the eight-digit offset in WordNet 3.0, never by its
+name: "crane", "cardigan" and "maillot" each name two ImageNet classes.
+
+The graph over ImageNet-1k's classes is shipped in imagenet1k_wordnet.txt, which `python taxonomy.py` rebuilds from
+NLTK's WordNet 3.0 (licence: imagenet1k_wordnet.LICENSE). Wnids outside of it are looked up in NLTK's WordNet.
+"""
+import functools
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+SHIPPED = Path(__file__).with_name("imagenet1k_wordnet.txt")
+
+
+class TaxonomyError(ValueError):
+    """A wnid that is none, or that WordNet lacks; WordNet out of reach; a graph without a single root."""
+
+
+class Synset(NamedTuple):
+    name: str  # as NLTK writes it: dog.n.01
+    hypernyms: tuple[str, ...]  # wnids, one edge up
+
+
+@dataclass(frozen=True, eq=False)
+class Taxonomy:
+    """C classes, and the V nodes that are a class or above one. Arrays are indexed by node (V) and by class (C).
+
+    A class is numbered by its place among the sorted wnids: torchvision's label order.
+    """
+
+    wnids: list[str]
+    """(V,) sorted"""
+    names: list[str]
+    """(V,) synset names: dog.n.01"""
+    classes: np.ndarray
+    """(C,) int, the node of each class"""
+    leaves: np.ndarray
+    """(V, C) bool, True where the class is at or below the node: the ancestor matrix"""
+    height: np.ndarray
+    """(V,) int, edges on the longest path from the node down to a class; 0 for a class with none below it"""
+    depth: np.ndarray
+    """(V,) int, edges on the longest path from the root down to the node"""
+    lowest: np.ndarray
+    """(V,) int, the lowest node with the same set of classes: no latent can tell the nodes of such a chain apart"""
+
+    @classmethod
+    def from_wnids(cls, wnids) -> "Taxonomy":
+        """The taxonomy of some classes: from the shipped graph, and from NLTK's WordNet where that lacks a wnid.
+
+        Raises TaxonomyError for a wnid that is none or that WordNet lacks, and where WordNet cannot be had.
+        """
+        graph = read_graph(SHIPPED)
+        for wnid in wnids:
+            if not re.fullmatch(r"n\d{8}", wnid):
+                raise TaxonomyError(f"{wnid!r} is not a wnid: 'n' and eight digits, as in n02085620")
+        if not set(wnids) <= graph.keys():
+            graph = wordnet_graph(wnids)
+        return cls.from_graph(graph, wnids)
+
+    @classmethod
+    def from_graph(cls, graph: dict[str, Synset], wnids) -> "Taxonomy":
+        """The part of `graph` (wnid -> Synset) at or above the classes `wnids`. Raises TaxonomyError on two roots."""
+        above, stack = set(), list(wnids)
+        while stack:
+            if (wnid := stack.pop()) not in above:
+                above.add(wnid)
+                stack += graph[wnid].hypernyms
+        nodes, classes = sorted(above), sorted(set(wnids))
+        index = {wnid: v for v, wnid in enumerate(nodes)}
+        roots = [wnid for wnid in nodes if not graph[wnid].hypernyms]
+        if len(roots) != 1:
+            raise TaxonomyError(f"one root is needed, above all classes; here are {len(roots)}: {', '.join(roots)}")
+
+        @functools.cache
+        def depth_of(wnid):
+            return 1 + max(map(depth_of, graph[wnid].hypernyms), default=-1)
+
+        depth = np.array([depth_of(wnid) for wnid in nodes])
+        class_nodes = np.array([index[wnid] for wnid in classes])
+        leaves = np.zeros((len(nodes), len(classes)), bool)
+        leaves[class_nodes, np.arange(len(classes))] = True
+        height = np.zeros(len(nodes), int)
+        for v in np.argsort(-depth, kind="stable"):  # a node is deeper than its hypernyms, so all below v is done
+            for wnid in graph[nodes[v]].hypernyms:
+                parent = index[wnid]
+                leaves[parent] |= leaves[v]
+                height[parent] = max(height[parent], height[v] + 1)
+
+        first_of_set, lowest = {}, np.empty(len(nodes), int)
+        for v in sorted(range(len(nodes)), key=lambda v: (height[v], -depth[v], nodes[v])):
+            lowest[v] = first_of_set.setdefault(leaves[v].tobytes(), v)
+        return cls(nodes, [graph[w].name for w in nodes], class_nodes, leaves, height, depth, lowest)
+
+    @functools.cached_property
+    def hypernyms(self) -> np.ndarray:
+        """(H,) the distinct inner nodes: at least two classes, one node (the lowest) for each set of classes."""
+        return np.flatnonzero((self.lowest == np.arange(len(self.wnids))) & (self.leaves.sum(1) >= 2))
+
+    @functools.cached_property
+    def _best_first(self) -> np.ndarray:
+        """(V,) nodes in the order in which an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
+        return np.lexsort((np.arange(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth))
+
+    def lch(self, sets) -> np.ndarray:
+        """Lowest common hypernym of each of M sets of classes: sets (M, C), non-zero where in the set -> (M,) nodes.
+
+        Among the nodes at or above every class of a set, the deepest (longest path from the root), as NLTK's
+        `lowest_common_hypernyms` has it for a pair; ties by least height, then fewest leaves, then wnid.
+        Raises TaxonomyError for an empty set.
+        """
+        sets = (np.asarray(sets) != 0).astype(np.float32)
+        size = sets.sum(1, keepdims=True)
+        if not size.all():
+            raise TaxonomyError(f"set {int(np.argmin(size))} is empty and has no lowest common hypernym")
+        nodes = self._best_first
+        above_all = sets @ self.leaves[nodes].astype(np.float32).T == size  # (M, V): exact, as C < 2**24
+        return nodes[above_all.argmax(1)]
+
+    @functools.cached_property
+    def pair_height(self) -> np.ndarray:
+        """(C, C) int16, height of the LCH of every pair of classes; 0 on the diagonal."""
+        pairs = np.zeros((len(self.classes), len(self.classes)), np.int16)
+        for v in self._best_first[::-1]:  # the best node above a pair is written last
+            below = np.flatnonzero(self.leaves[v])
+            pairs[np.ix_(below, below)] = self.height[v]
+        np.fill_diagonal(pairs, 0)
+        return pairs
+
+
+def read_graph(path) -> dict[str, Synset]:
+    """Read `wnid <tab> name <tab> hypernyms` lines, as `python taxonomy.py` writes them; # starts a comment."""
+    rows = [line.split("\t") for line in Path(path).read_text().splitlines() if line and line[0] != "#"]
+    return {wnid: Synset(name, tuple(hypernyms.split())) for wnid, name, hypernyms in rows}
+
+
+def imagenet1k() -> list[str]:
+    """The 1,000 wnids of ImageNet-1k, sorted: the nodes of the shipped graph that nothing is below."""
+    graph = read_graph(SHIPPED)
+    return sorted(graph.keys() - {wnid for synset in graph.values() for wnid in synset.hypernyms})
+
+
+def wordnet_graph(wnids) -> dict[str, Synset]:
+    """All nodes at or above `wnids` in NLTK's WordNet 3.0, which is downloaded on first use.
+
+    Raises TaxonomyError where WordNet cannot be had, or lacks one of the wnids.
+    """
+    wordnet = _wordnet()
+    graph, stack = {}, []
+    for wnid in sorted(set(wnids)):
+        with warnings.catch_warnings():  # NLTK warns of an unknown offset, and returns None
+            warnings.simplefilter("ignore")
+            synset = wordnet.synset_from_pos_and_offset("n", int(wnid[1:]))
+        if synset is None:
+            raise TaxonomyError(f"WordNet 3.0 has no synset {wnid}")
+        stack.append(synset)
+    while stack:
+        synset = stack.pop()
+        above = synset.hypernyms() + synset.instance_hypernyms()
+        if graph.setdefault(_wnid(synset), Synset(synset.name(), tuple(sorted(map(_wnid, above))))):
+            stack += [hypernym for hypernym in above if _wnid(hypernym) not in graph]
+    return graph
+
+
+def _wnid(synset) -> str:
+    return f"n{synset.offset():08d}"
+
+
+def _wordnet():
+    import nltk  # takes a second to import, and is needed for wnids outside ImageNet-1k only
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        if not nltk.download("wordnet", quiet=True, print_error_to=io.StringIO()):
+            raise TaxonomyError(
+                "WordNet 3.0 is needed for wnids outside ImageNet-1k and could not be downloaded: on a machine with "
+                "internet run `python -m nltk.downloader -d nltk_data wordnet`, and set NLTK_DATA to a copy of that "
+                "folder"
+            ) from None
+        wordnet.ensure_loaded()
+    return wordnet
+
+
+if __name__ == "__main__":
+    graph = wordnet_graph(imagenet1k())
+    SHIPPED.write_text(
+        "# WordNet 3.0's hypernyms above the 1,000 classes of ImageNet-1k (ILSVRC 2012), made by `python taxonomy.py`.\n"
+        "# WordNet 3.0 Copyright 2006 by Princeton University; licence in imagenet1k_wordnet.LICENSE.\n"
+        "# wnid <tab> synset <tab> wnids of its hypernyms; a class is a node that is nobody's hypernym.\n"
+        + "".join(f"{wnid}\t{graph[wnid].name}\t{' '.join(graph[wnid].hypernyms)}\n" for wnid in sorted(graph))
+    )
+    print(f"{SHIPPED.name}: {len(graph):,} nodes, {sum(len(s.hypernyms) for s in graph.values()):,} edges")

@@ -1,0 +1,72 @@
+"""What several test files share: a local torch.hub repository, folders of small images, WordNet, DINOv2's own code."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+WNIDS = ["n01531178", "n02085620", "n02123045", "n02690373"]  # goldfinch, Chihuahua, tabby, airliner
+
+
+@pytest.fixture(scope="session")
+def wordnet():
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        pytest.skip("NLTK's WordNet is not installed: python -m nltk.downloader wordnet")
+    return wordnet
+
+
+@pytest.fixture(scope="session")
+def dinov2():
+    """The folder of DINOv2's own code: $DINOV2_REPO, or torch.hub's cache of it."""
+    cached = sorted(Path(torch.hub.get_dir()).glob("facebookresearch_dinov2_*"))
+    folder = Path(os.environ.get("DINOV2_REPO", cached[-1] if cached else ""))
+    if not (folder / "hubconf.py").is_file() or not (folder / "dinov2").is_dir():
+        pytest.skip("no copy of facebookresearch/dinov2: set DINOV2_REPO to a clone")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A torch.hub repository with one small random ViT for 224 x 224 images: 3 blocks of width 16."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "hubconf.py").write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from dinov2_hooks import SmallViT\n"
+        "def small_vit():\n"
+        "    torch.manual_seed(0)\n"
+        "    return SmallViT(classes=2, size=224, patch=56, width=16, depth=3, heads=2)\n"
+        "def no_vit():\n"
+        "    return torch.nn.Linear(2, 2)\n"
+        "def needs_package():\n"
+        "    import a_package_that_is_missing\n"
+    )
+    return folder
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, *folder.name.encode()])
+    tint = rng.integers(0, 256, 3)
+    for i in range(count):
+        pixels = (rng.integers(0, 256, (20, 24, 3)) + tint) // 2
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """train/ and val/ of four wnid folders, 12 and 5 images each."""
+    for split, count in [("train", 12), ("val", 5)]:
+        for wnid in WNIDS:
+            write_images(tmp_path / "data" / split / wnid, count)
+    return tmp_path / "data"
