@@ -1,0 +1,249 @@
+"""Class tokens of DINOv2, layer by layer: load a vision transformer from torch.hub and hook its blocks.
+
+    model = load_backbone("dinov2_vits14")                          # or any ViT with .blocks and .cls_token
+    images = torch.stack([eval_transform()(picture)])               # (B, 3, 224, 224), from PIL images
+    tokens = class_tokens(model, images, layers=range(12))          # (12, B, 384)
+
+Layer N is the output of blocks.N, 0-based, before the final norm: DINOv2's own
+`get_intermediate_layers(images, n=[N], return_class_token=True, norm=False)`, to the bit. The same code serves DINOv2
+(S, B, L, g; with and without registers), DINO v1 and timm's ViTs: in all of them the class token is token 0.
+"""
+import ast
+import re
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"  # code pinned: a run next year is this run
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be loaded or is no ViT; a layer it lacks; a class token that is not finite."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model and its images
+
+
+def load_backbone(name: str = "dinov2_vitg14", hub: str = HUB, device: str = "cpu") -> nn.Module:
+    """A ViT from a torch.hub repository ("owner/name:commit") or from a local folder with a hubconf.py.
+
+    Raises BackboneError, in one sentence: no such folder or entry point, no network, a package missing, no ViT.
+    """
+    folder = Path(hub).expanduser()
+    if folder.is_dir():
+        if not (folder / "hubconf.py").is_file():
+            raise BackboneError(f"--hub {hub}: the folder has no hubconf.py, which torch.hub loads models from")
+        repo, source = str(folder), {"source": "local"}
+    elif re.fullmatch(r"[\w-]+/[\w.-]+(:[\w./-]+)?", hub):
+        # skip_validation: without it torch.hub asks GitHub's rate-limited API, which knows branches but no commits
+        repo, source = hub, {"source": "github", "skip_validation": True, "trust_repo": True}
+    else:
+        raise BackboneError(f"--hub {hub}: no such folder, and not of the form owner/name:commit on GitHub")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="xFormers")  # DINOv2 warns three times that it does without
+            model = torch.hub.load(repo, name, verbose=False, **source)
+    except OSError as error:  # URLError and HTTPError among them
+        raise BackboneError(
+            f"--hub {hub}: {name} could not be fetched ({error}); without internet, pass a local copy of the "
+            "repository as --hub, with the weights in torch.hub's cache (README, 'Without internet')"
+        ) from error
+    except Exception as error:  # the repository's own code runs here, and may raise anything
+        if "Cannot find callable" in str(error):
+            raise BackboneError(f"--backbone {name}: {hub} has no such model; it has {_entry_points(repo)}") from error
+        package = error.name if isinstance(error, ImportError) else str(error).partition("Missing dependencies: ")[2]
+        if package:
+            raise BackboneError(f"--hub {hub} needs a package that is missing: pip install {package}") from error
+        raise BackboneError(f"--hub {hub}: {name} failed with {type(error).__name__}: {error}") from error
+    if not (isinstance(model, nn.Module) and len(getattr(model, "blocks", ())) and hasattr(model, "cls_token")):
+        raise BackboneError(f"--backbone {name} is no vision transformer: it needs .blocks and .cls_token")
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _entry_points(repo: str) -> str:
+    """The names of the models a torch.hub repository offers, read from its hubconf.py without running it."""
+    folder = Path(repo) if Path(repo).is_dir() else next(Path(torch.hub.get_dir()).glob(re.sub("[/:]", "_", repo) + "*"))
+    names = []
+    for node in ast.parse((folder / "hubconf.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names += [alias.asname or alias.name for alias in node.names]
+    return ", ".join(sorted(name for name in names if name[0].islower()))
+
+
+def eval_transform(resize: int = 256, crop: int = 224):
+    """DINOv2's evaluation transform, PIL image -> (3, crop, crop): short side to `resize`, bicubic; centre crop."""
+    return transforms.Compose([
+        transforms.Resize(resize, interpolation=InterpolationMode.BICUBIC),
+        transforms.CenterCrop(crop),
+        transforms.ToTensor(),
+        transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    ])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hooks
+
+
+def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor:
+    """Class token of each image after each asked-for block, in one forward pass: images (B, 3, H, W) -> (L, B, n).
+
+    Raises BackboneError for a layer the model lacks.
+    """
+    layers = list(layers)
+    check_layers(model, layers)
+    tokens = torch.empty(len(layers), len(images), model.cls_token.shape[-1], device=images.device)
+
+    def keep(place):
+        def hook(block, inputs, output):
+            tokens[place] = output[:, 0]  # copied: a view would keep the block's whole output, (B, 1+R+P, n), alive
+        return hook
+
+    blocks = blocks_of(model)
+    handles = [blocks[layer].register_forward_hook(keep(place)) for place, layer in enumerate(layers)]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in order, also of a DINOv2 model built in chunks, as its training code leaves it."""
+    chunks = [chunk if isinstance(chunk, nn.ModuleList) else [chunk] for chunk in model.blocks]
+    return [block for chunk in chunks for block in chunk if not isinstance(block, nn.Identity)]
+
+
+def check_layers(model: nn.Module, layers) -> None:
+    """Raises BackboneError for a layer the model lacks."""
+    depth = len(blocks_of(model))
+    wrong = [layer for layer in layers if not 0 <= layer < depth]
+    if wrong:
+        raise BackboneError(f"--layers: layer {wrong[0]} is out of range, the backbone has layers 0 to {depth - 1}")
+
+
+@torch.inference_mode()
+def record_class_tokens(model: nn.Module, batches, layers, folder, names=None) -> int:
+    """Write the class tokens of all images after all asked-for blocks to disk, in one pass; returns their number.
+
+    batches  yields (images (B, 3, H, W), labels (B,), ids (B,)); an id is the image's number, for `names`
+    folder   gets layer_00.npy ... of shape (N, n) in fp16, and labels.npy and ids.npy of shape (N,) in int64
+    names    file names by id, for the message
+
+    On a GPU under autocast, in bf16 where it can. Raises BackboneError for a token that is not finite in fp16.
+    """
+    folder, layers = Path(folder), list(layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(model.parameters()).device
+    n = model.cls_token.shape[-1]
+    fast = nullcontext()
+    if device.type == "cuda":
+        fast = torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    files = {f"layer_{layer:02d}": GrowingArray(folder / f"layer_{layer:02d}.npy.part", np.float16, (n,)) for layer in layers}
+    files |= {name: GrowingArray(folder / f"{name}.npy.part", np.int64, ()) for name in ("labels", "ids")}
+    try:
+        for images, labels, ids in batches:
+            with fast:
+                tokens = class_tokens(model, images.to(device, non_blocking=True), layers).half().cpu()  # (L, B, n)
+            if not tokens.isfinite().all():
+                place, image = (~tokens.isfinite()).any(-1).nonzero()[0].tolist()
+                name = names[int(ids[image])] if names is not None else int(ids[image])
+                raise BackboneError(f"layer {layers[place]}, image {name}: the class token is not finite in fp16")
+            for layer, block in zip(layers, tokens):
+                files[f"layer_{layer:02d}"].append(block.numpy())
+            files["labels"].append(labels.numpy())
+            files["ids"].append(ids.numpy())
+    finally:
+        for file in files.values():
+            file.close()
+    for name, file in files.items():  # only now: a file that bears its name is whole
+        file.path.replace(folder / f"{name}.npy")
+    return files["ids"].rows
+
+
+class GrowingArray:
+    """A .npy file of rows that are appended: valid at any time, for np.load(..., mmap_mode="r") too.
+
+    Written, not memory-mapped: on a full disk a write is an error, a store to a mapped page ends the process.
+    """
+
+    def __init__(self, path, dtype, row_shape: tuple):
+        self.path, self.dtype, self.row_shape, self.rows = Path(path), np.dtype(dtype), row_shape, 0
+        self.file = open(path, "wb")
+        self._write_header()
+
+    def _write_header(self):
+        self.file.seek(0)  # numpy pads the header so that its length is the same for any number of rows
+        shape = (self.rows, *self.row_shape)
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        )
+
+    def append(self, rows: np.ndarray) -> None:
+        """rows (B, *row_shape)"""
+        self.file.seek(0, 2)
+        self.file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        self._write_header()
+        self.file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a small ViT with DINOv2's module names, for the demo and the tests
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):  # (B, 1+P, n)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, 1+P, n/heads)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width), nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SmallViT(nn.Module):
+    """images (B, 3, size, size) -> logits (B, classes)"""
+
+    def __init__(self, classes: int, size: int = 32, patch: int = 4, width: int = 96, depth: int = 6, heads: int = 2):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images):
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, P, n)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
