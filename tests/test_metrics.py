@@ -1,0 +1,208 @@
+"""Scores against closed forms, brute force, hand-made cases and planted latents."""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from metrics import (
+    Profile, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
+)
+from taxonomy import Synset, Taxonomy, imagenet1k
+
+
+def test_reconstruction_against_numpy_on_all_tokens_at_once():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 6)) * 2 + 30  # a large constant part, as in early layers
+    weights = torch.from_numpy(rng.normal(size=(6, 9))).float()
+
+    def sae(tokens):
+        z = torch.relu((tokens - 30) @ weights - 3)
+        return 30 + 0.05 * z @ weights.T, z
+
+    x = torch.from_numpy(x).float()
+    result = reconstruction(sae, x.split(64))
+    x_hat, z = (part.double().numpy() for part in sae(x))
+    x = x.double().numpy()
+    error = ((x - x_hat) ** 2).sum()
+    assert result.nmse == pytest.approx(error / (x**2).sum(), rel=1e-6)
+    assert result.fvu == pytest.approx(error / ((x - x.mean(0)) ** 2).sum(), rel=1e-6)
+    assert result.l0 == pytest.approx((z > 0).sum(1).mean())
+    assert result.dead == pytest.approx((z == 0).all(0).mean())
+
+
+def test_reconstruction_closed_forms():
+    x = torch.randn(1000, 5) + 3
+    mean = x.mean(0)
+    perfect = reconstruction(lambda x: (x, torch.ones(len(x), 2)), x.split(100))
+    assert perfect == (0, 0, 2, 0)
+    constant = reconstruction(lambda x: (mean.expand_as(x), torch.zeros(len(x), 2)), x.split(100))
+    assert constant.fvu == pytest.approx(1, abs=1e-6) and constant.nmse < 0.2 and constant.dead == 1 and constant.l0 == 0
+    nothing = reconstruction(lambda x: (0 * x, torch.zeros(len(x), 2)), x.split(100))
+    assert nothing.nmse == pytest.approx(1)
+
+
+def test_profile_against_brute_force():
+    rng = np.random.default_rng(0)
+    images, latents, classes, k = 230, 17, 7, 6
+    z = np.maximum(rng.normal(size=(images, latents)) - rng.normal(size=latents), 0).astype(np.float32)
+    labels, shuffled = rng.integers(0, classes, images), rng.integers(0, classes, images)
+    tokens = torch.from_numpy(z)
+    for batch_size in (1, 4, 50, 1000):
+        profiles = profile_latents(lambda x: x, tokens.split(batch_size), [labels, shuffled], classes, k)
+        for profile, of_images in zip(profiles, (labels, shuffled)):
+            for latent in range(latents):
+                assert profile.fires[latent] == sum(z[:, latent] > 0)
+                top = profile.top_images[latent]
+                if profile.fires[latent] >= k:
+                    assert top.tolist() == sorted(range(images), key=lambda i: -z[i, latent])[:k]
+                assert profile.top_classes[latent].tolist() == [of_images[i] for i in top]
+                for c in range(classes):
+                    rate = np.mean([z[i, latent] > 0 for i in range(images) if of_images[i] == c])
+                    assert profile.rate[latent, c] == pytest.approx(rate)
+
+
+def test_neurons_are_centred_coordinates_and_their_negatives():
+    assert neurons(torch.tensor([1.0, 2.0]))(torch.tensor([[3.0, -1.0]])).tolist() == [[2, 0, 0, 3]]
+
+
+@pytest.fixture
+def small_tree():
+    """root > (animal > (dog > d1 d2, cat > c1 c2), thing > (t1, t2, t3, t4)); 8 classes in the order of their wnids"""
+    up = {"root": (), "animal": ("root",), "dog": ("animal",), "cat": ("animal",), "thing": ("root",)}
+    up |= {"d1": ("dog",), "d2": ("dog",), "c1": ("cat",), "c2": ("cat",)} | {f"t{i}": ("thing",) for i in (1, 2, 3, 4)}
+    return Taxonomy.from_graph({v: Synset(v, above) for v, above in up.items()}, [v for v in up if v[1:].isdigit()])
+
+
+def hand_made(tree, top, rate):
+    """A profile of one latent, from the names of its top images' classes and its rate by class."""
+    index = {tree.wnids[node]: c for c, node in enumerate(tree.classes)}
+    rates = np.zeros((1, len(index)), np.float32)
+    for name, value in rate.items():
+        rates[0, index[name]] = value
+    classes = np.array([[index[name] for name in top]])
+    return Profile(np.zeros_like(classes), classes, np.array([99]), rates)
+
+
+@pytest.mark.parametrize(
+    "top, rate, lch, height, pairwise, coverage, match, match_node",
+    [
+        # fires on dogs only: two of six pairs are of one class, four meet in dog
+        (["d1", "d1", "d2", "d2"], {"d1": 0.9, "d2": 0.5}, "dog", 1, 4 / 6, 1, 1, "dog"),
+        # one stray image sends the set's LCH to the root, the pairwise height to (3 * 1 + 3 * 3) / 6 at most
+        (["d1", "d2", "d1", "t1"], {"d1": 1, "d2": 1}, "root", 3, (1 + 0 + 1 + 3 * 3) / 6, 2 / 8, 1, "dog"),
+        # one class: height 0, and the match is the class itself
+        (["t3", "t3", "t3", "t3"], {"t3": 0.7, "t1": 0.49}, "t3", 0, 0, 1, 1, "t3"),
+        # three of four animals: Jaccard 3/4 with animal, 2/3 with dog
+        (["d1", "d2", "c1", "c1"], {"d1": 1, "d2": 1, "c1": 1}, "animal", 2, (1 + 2 * 4 + 0) / 6, 3 / 4, 3 / 4, "animal"),
+        # responds to nothing
+        (["d1", "d2", "c1", "c2"], {"d1": 0.4}, "animal", 2, (1 + 1 + 2 * 4) / 6, 0, 0, None),
+        # dense: full coverage for nothing, but the match is with the root, at half of all or less it is no hypernym found
+        (["d1", "t1", "d2", "t2"], {c: 1 for c in "d1 d2 c1 c2 t1 t2 t3 t4".split()}, "root", 3, (1 + 1 + 3 * 4) / 6, 1, 1, "root"),
+    ],
+)
+def test_scores_by_hand(small_tree, top, rate, lch, height, pairwise, coverage, match, match_node):
+    scores = score_hierarchy(hand_made(small_tree, top, rate), small_tree)
+    assert small_tree.wnids[scores.lch[0]] == lch and scores.height[0] == height
+    assert scores.height_pairwise[0] == pytest.approx(pairwise)
+    assert scores.coverage[0] == pytest.approx(coverage) and scores.match[0] == pytest.approx(match)
+    if match_node:
+        assert small_tree.wnids[scores.match_node[0]] == match_node
+    assert {small_tree.wnids[v] for v in scores.hypernyms} == {"animal", "dog", "cat", "thing"}  # not the root: all 8
+    found = {small_tree.wnids[v] for v, found in zip(scores.hypernyms, scores.hypernym_lch) if found}
+    assert found == ({lch} if lch in ("animal", "dog", "cat", "thing") else set())
+
+
+def test_at_exactly_one_half_a_hypernym_is_not_matched(small_tree):
+    summary = score_hierarchy(hand_made(small_tree, ["d1"] * 4, {"d1": 1}), small_tree).summary()
+    assert summary["match"] == 1 and summary["hypernyms_matched"] == 0  # d1 is half of dog
+    summary = score_hierarchy(hand_made(small_tree, ["d1"] * 4, {"d1": 1, "d2": 1, "c1": 1}), small_tree).summary()
+    assert summary["hypernyms_matched"] == 2  # animal by 3/4, dog by 2/3
+
+
+def test_a_latent_that_fires_on_fewer_than_k_images_is_not_alive(small_tree):
+    profile = hand_made(small_tree, ["d1", "d2", "d1", "d2"], {"d1": 1, "d2": 1})
+    assert score_hierarchy(profile._replace(fires=np.array([4])), small_tree).summary()["alive"] == 1
+    summary = score_hierarchy(profile._replace(fires=np.array([3])), small_tree).summary()
+    assert summary["alive"] == summary["hypernyms_lch"] == summary["hypernyms_matched"] == 0
+    assert math.isnan(summary["match"])
+
+
+def test_planted_latents_recover_every_hypernym_of_imagenet():
+    tree = Taxonomy.from_wnids(imagenet1k())
+    labels = np.random.default_rng(0).permutation(np.arange(1000).repeat(8))
+    planted = tree.leaves[tree.hypernyms][:, labels].T.astype(np.float32)  # (N, H): one latent per hypernym
+    profile, shuffled = profile_latents(
+        lambda x: x, torch.from_numpy(planted).split(500), [labels, np.random.default_rng(1).permutation(labels)], 1000, k=16
+    )
+    scores = score_hierarchy(profile, tree)
+    assert (scores.match == 1).all() and (scores.match_node == tree.hypernyms).all()
+    assert (scores.hypernym_match == 1).all()
+    assert scores.summary()["hypernyms_matched"] == len(scores.hypernyms) == (tree.leaves[tree.hypernyms].sum(1) <= 500).sum()
+    assert (scores.hypernyms == tree.hypernyms[scores.hypernym_latent]).all()
+    for latent in range(0, len(planted[0]), 37):  # the LCH of top images is at or below the planted node
+        assert not (tree.leaves[scores.lch[latent]] & ~tree.leaves[tree.hypernyms[latent]]).any()
+    assert score_hierarchy(shuffled, tree).summary()["hypernyms_matched"] < 10  # of only the largest, by chance
+
+
+def test_pairwise_height_against_loops():
+    tree = Taxonomy.from_wnids(imagenet1k()[::25])
+    rng = np.random.default_rng(0)
+    top = rng.integers(0, 40, (30, 8))
+    profile = Profile(top, top, np.full(30, 8), np.zeros((30, 40), np.float32))
+    scores = score_hierarchy(profile, tree)
+    for classes, pairwise, lch in zip(top, scores.height_pairwise, scores.lch):
+        heights = []
+        for a, b in itertools.combinations(classes, 2):
+            pair = np.zeros((1, 40))
+            pair[0, [a, b]] = 1
+            heights.append(0 if a == b else tree.height[tree.lch(pair)[0]])
+        assert pairwise == pytest.approx(np.mean(heights))
+        assert tree.leaves[lch][classes].all()
+
+
+def test_probe_on_separable_and_on_random_labels():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(10, 32))
+    labels = {"train": rng.integers(0, 10, 2000), "val": rng.integers(0, 10, 1000)}
+    # separable only once standardised: one loud coordinate without information, one constant
+    tokens = {
+        split: np.hstack([centres[y] + 0.2 * rng.normal(size=(len(y), 32)), 1e3 * rng.normal(size=(len(y), 1)), np.ones((len(y), 1))])
+        for split, y in labels.items()
+    }
+    tokens = {split: x.astype(np.float16) for split, x in tokens.items()}
+    assert linear_probe(tokens["train"], labels["train"], tokens["val"], labels["val"]) > 0.99
+    guess = linear_probe(tokens["train"], rng.permutation(labels["train"]), tokens["val"], labels["val"])
+    assert 0.04 < guess < 0.18
+
+
+def test_trend_closed_forms():
+    assert rising_trend(range(6), [1, 2, 3, 5, 8, 9]) == (pytest.approx(1), pytest.approx(1 / 720))
+    assert rising_trend(range(6), [9, 8, 5, 3, 2, 1]) == (pytest.approx(-1), pytest.approx(1))
+    # Spearman's rho without ties is 1 - 6 Σd² / (n (n² - 1)); here d = (0, 1, -1, 0)
+    assert rising_trend(range(4), [1, 3, 2, 4]).rho == pytest.approx(1 - 6 * 2 / 60)
+    # ties share their mean rank: Pearson's correlation of (0, 1, 2, 3) and (0.5, 0.5, 2, 3)
+    assert rising_trend(range(4), [1, 1, 2, 4]).rho == pytest.approx(np.corrcoef([0, 1, 2, 3], [0.5, 0.5, 2, 3])[0, 1])
+    for constant_or_short in ([1, 1, 1, 1], [1, 2]):
+        assert all(math.isnan(value) for value in rising_trend(range(len(constant_or_short)), constant_or_short))
+
+
+def test_trend_p_value_sampled_agrees_with_the_t_distribution():
+    # rho = 0.6 at n = 12: t = rho sqrt((n - 2) / (1 - rho²)) = 2.37 on 10 degrees of freedom, one-sided p = 0.0196
+    y = np.array([2, 0, 6, 3, 1, 9, 4, 11, 5, 7, 8, 10])
+    rho = 1 - 6 * ((np.arange(12) - y) ** 2).sum() / (12 * 143)
+    trend = rising_trend(range(12), y)
+    assert trend.rho == pytest.approx(rho)
+    t = rho * math.sqrt(10 / (1 - rho**2))
+    grid = np.linspace(t, 200, 2_000_001)
+    density = math.gamma(5.5) / (math.sqrt(10 * math.pi) * math.gamma(5)) * (1 + grid**2 / 10) ** -5.5
+    assert trend.p_value == pytest.approx(np.trapezoid(density, grid) if hasattr(np, "trapezoid") else np.trapz(density, grid), rel=0.25)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_profile_equals_the_cpus():
+    z = torch.rand(3000, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    labels = np.arange(3000) % 10
+    cpu, gpu = (profile_latents(torch.relu, z.to(device).split(512), [labels], 10)[0] for device in ("cpu", "cuda"))
+    assert all((a == b).all() for a, b in zip(cpu, gpu))
