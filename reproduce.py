@@ -1,0 +1,741 @@
+"""Does DINOv2's class token, layer by layer, hold the ImageNet hierarchy? (after arXiv 2505.15970)
+
+    python reproduce.py --layers all                    the built-in demo, under 3 minutes on a CPU
+    python reproduce.py --layers all --data imagenet    the paper's job: dinov2_vitg14 on ImageNet, on one GPU
+
+Four stages, each skipped where its work is already in the output folder:
+    1. images -> class tokens of every asked-for layer     tokens/{train,val}/layer_NN.npy
+    2. class tokens -> one sparse autoencoder a layer      saes/<settings>/layer_NN/
+    3. latents -> reconstruction, probe, hierarchy         saes/<settings>/layer_NN/scores.json
+    4. scores -> tables, claims, figures                   results/
+"""
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+import dinov2_hooks
+from dinov2_hooks import BackboneError, SmallViT, check_layers, eval_transform, load_backbone, record_class_tokens
+from metrics import linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy
+from sae import ActivationBuffer, SAEError, SparseAutoencoder, Training, fitting_batch_size, new_sae, train_sae
+from taxonomy import Taxonomy, TaxonomyError
+
+IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGES_PER_STEP = 64  # through the backbone at once; ViT-g/14 then fits a card of 12 GB
+VAL_BATCH = 2048  # tokens scored at once
+
+
+class InputError(ValueError):
+    """Data or settings that the run cannot go on with: one sentence that names the thing and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def parse_settings(argv=None) -> argparse.Namespace:
+    def number(kind, low, high=math.inf, above=False):
+        def parse(text):
+            try:
+                value = kind(text)
+            except ValueError:
+                value = math.nan
+            if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+                bound = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+                raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if kind is int else 'a'} number {bound}")
+            return value
+        return parse
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--layers", default="all", help="blocks, from 0: all, last, 0-11 or 3,7,11 (default: all)")
+    add("--data", help="folder with train/ and val/ of wnid folders, or Kaggle's ImageNet (default: $IMAGENET_DIR, "
+        "./imagenet, else the built-in demo)")
+    add("--backbone", help="entry point of the hub: dinov2_vits14, dinov2_vitb14, dinov2_vitl14, dinov2_vitg14, each "
+        "also with _reg (default: dinov2_vitg14, the paper's)")
+    add("--hub", help=f"torch.hub repository, or a local folder with a hubconf.py (default: {dinov2_hooks.HUB})")
+    add("--out", help="output folder (default: runs/<data>-<backbone>)")
+    add("--expansion", type=number(int, 1), default=8, help="SAE latents per dimension of the token (default: 8)")
+    add("--l1", type=number(float, 0), default=0.1, help="λ, the weight of the latents' L1 norm (default: 0.1)")
+    add("--inputs", choices=["centred", "raw"], default="centred", help="what the SAE sees: tokens minus their mean, or "
+        "as they come; both over one scalar (default: centred)")
+    add("--epochs", type=number(int, 1), default=50, help="of SAE training (default: 50)")
+    add("--batch-size", type=number(int, 1), help="of SAE training (default: 4096; smaller where that leaves few steps)")
+    add("--lr", type=number(float, 0, 1, above=True), default=4e-4, help="of SAE training (default: 4e-4)")
+    add("--top-k", type=number(int, 2), default=16, help="top images of a latent (default: 16)")
+    add("--response-rate", type=number(float, 0, 1, above=True), default=0.5, help="θ: a latent responds to a class if it "
+        "fires on this share of its images (default: 0.5)")
+    add("--images-per-class", type=number(int, 1), help="use no more training images of a class (default: all)")
+    add("--skip-bad-images", action="store_true", help="list images that do not decode and go on without them")
+    add("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
+    add("--seed", type=number(int, 0), default=0, help="of SAE training, probes and shuffled labels (default: 0)")
+    settings = parser.parse_args(argv)
+    if not re.fullmatch(r"all|last|\d+(-\d+)?(,\d+(-\d+)?)*", settings.layers):
+        parser.error(f"--layers {settings.layers}: give all, last, a range like 0-11, or a list like 3,7,11")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; leave --device out, or give --device cpu")
+    settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return settings
+
+
+def parse_layers(text: str, depth: int) -> list[int]:
+    """"all", "last", "0-3", "1,4-6" -> layer numbers, in order and each once."""
+    if text in ("all", "last"):
+        return list(range(depth)) if text == "all" else [depth - 1]
+    layers = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise InputError(f"--layers {text}: the range {part} is empty")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+class Split:
+    """The images of a split: paths relative to a root, classes by number, and their order in the recorded tokens."""
+
+    def __init__(self, root: Path, images: list[tuple[str, int]]):
+        self.root = root
+        self.names = [name for name, _ in images]
+        self.labels = [label for _, label in images]
+
+    def __len__(self):
+        return len(self.names)
+
+    def batches(self, transform, device: str, bad: list | None):
+        """Batches (images, labels, ids) for record_class_tokens. An image that does not decode is an InputError, or,
+        where `bad` is a list, goes there and is left out."""
+        loader = torch.utils.data.DataLoader(
+            _Decoded(self, transform), batch_size=IMAGES_PER_STEP, collate_fn=_collate, pin_memory=device == "cuda",
+            num_workers=min(os.cpu_count() or 1, 16),
+        )
+        for images, labels, ids, errors in loader:
+            if errors and bad is None:
+                raise InputError(f"{errors[0]}; mend or remove the image, or leave such images out with --skip-bad-images")
+            if errors:
+                bad += errors
+            if len(ids):
+                yield images, labels, ids
+
+
+class _Decoded(torch.utils.data.Dataset):
+    def __init__(self, split: Split, transform):
+        self.split, self.transform = split, transform
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        path = self.split.root / self.split.names[i]
+        try:
+            return self.transform(read_image(path)), self.split.labels[i], i
+        except Exception as error:  # Pillow raises anything from OSError to SyntaxError on a broken file
+            return f"{path} is no readable image ({error})"
+
+
+def _collate(items):
+    good = [item for item in items if not isinstance(item, str)]
+    errors = [item for item in items if isinstance(item, str)]
+    images = torch.stack([image for image, _, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label, _ in good]), torch.tensor([i for _, _, i in good]), errors
+
+
+def read_image(path) -> Image.Image:
+    """Any image Pillow reads (grey, 16-bit, CMYK, palette, with alpha; the first frame of several) as RGB."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):
+            image = image.point(lambda value: value / 256, "L") if image.mode == "I;16" else image.convert("I")
+        if "transparency" in image.info:
+            image = image.convert("RGBA")  # or Pillow warns
+        return image.convert("RGB")
+
+
+def find_images(data: str, images_per_class: int | None) -> tuple[Split, Split, list[str], list[str]]:
+    """The train and val images of a folder, its classes (sorted wnids), and remarks for the user.
+
+    Layouts: train/ and val/ of wnid folders, images at any depth inside; a flat val/ with LOC_val_solution.csv
+    (Kaggle's ImageNet) or val_annotations.txt (Tiny ImageNet); no val/, then a fixed 10% of each class is held out.
+    Train rows are in a fixed random order, which ActivationBuffer counts on.
+    """
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise InputError(f"--data {data}: no such folder")
+    kaggle = root / "ILSVRC/Data/CLS-LOC"
+    base = kaggle if kaggle.is_dir() else root
+    train_folder, val_folder = base / "train", base / "val"
+    if not train_folder.is_dir():
+        if val_folder.is_dir():
+            raise InputError(f"--data {data}: it has a val folder but no train folder")
+        train_folder = base
+    remarks = []
+    train = images_by_class(train_folder)
+    classes = sorted(train)
+    if len(classes) < 2:
+        raise InputError(f"--data {data}: {len(classes)} class folders in {train_folder}, at least two are needed")
+    rng = np.random.default_rng(0)  # not --seed: the split and the order belong to the data
+    if val_folder.is_dir():
+        val = labelled_flat_images(val_folder) or images_by_class(val_folder)
+        if set(val) != set(train):
+            wnid = sorted(set(val) ^ set(train))[0]
+            has, lacks = ("val", "train") if wnid in val else ("train", "val")
+            raise InputError(f"--data {data}: class {wnid} is in {has} but not in {lacks}; both need the same classes")
+    else:
+        remarks.append("there is no val folder: a fixed 10% of each class is held out for evaluation")
+        val = {}
+        for wnid in classes:
+            if len(train[wnid]) < 2:
+                raise InputError(f"--data {data}: class {wnid} has one image, two are needed to hold one out for evaluation")
+            order = rng.permutation(len(train[wnid]))
+            held_out = max(1, round(len(order) / 10))
+            val[wnid] = [train[wnid][i] for i in sorted(order[:held_out])]
+            train[wnid] = [train[wnid][i] for i in sorted(order[held_out:])]
+    if images_per_class:
+        train = {w: [names[i] for i in sorted(rng.permutation(len(names))[:images_per_class])] for w, names in train.items()}
+    listed = [(name, label) for label, wnid in enumerate(classes) for name in train[wnid]]
+    listed = [listed[i] for i in rng.permutation(len(listed))]
+    in_val = [(name, label) for label, wnid in enumerate(classes) for name in val[wnid]]
+    return Split(train_folder, listed), Split(val_folder if val_folder.is_dir() else train_folder, in_val), classes, remarks
+
+
+def images_by_class(folder: Path) -> dict[str, list[str]]:
+    """wnid -> image paths relative to `folder`, sorted, from the wnid folders in it."""
+    found = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_dir() or entry.name.startswith("."):
+            continue
+        if not re.fullmatch(r"n\d{8}", entry.name):
+            raise InputError(f"{entry.path} is no class: class folders are named by wnid, as n02085620; rename or move it")
+        names = [
+            os.path.relpath(os.path.join(at, name), folder)
+            for at, _, files in os.walk(entry.path)
+            for name in files
+            if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
+        ]
+        if not names:
+            raise InputError(f"{entry.path} holds no images: fill or remove the class folder")
+        found[entry.name] = sorted(names)
+    return found
+
+
+def labelled_flat_images(val: Path) -> dict[str, list[str]] | None:
+    """wnid -> image paths in a flat val folder, labelled by a list in or above it; None where there is no such list."""
+    labels = {}
+    for place in (val, *list(val.parents)[:4]):  # Kaggle's list lies beside ILSVRC/Data/CLS-LOC/val's ILSVRC
+        if (place / "LOC_val_solution.csv").is_file():  # ImageId,PredictionString: the latter wnid x y w h, repeated
+            with open(place / "LOC_val_solution.csv", newline="") as file:
+                labels = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+        elif (place / "val_annotations.txt").is_file():  # name <tab> wnid <tab> box
+            rows = [line.split("\t") for line in (place / "val_annotations.txt").read_text().splitlines()]
+            labels = {Path(row[0]).stem: row[1] for row in rows}
+    folder = val / "images" if (val / "images").is_dir() else val
+    if not labels or any(re.fullmatch(r"n\d{8}", entry.name) for entry in os.scandir(val)):
+        return None
+    found = {}
+    for name in sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)):
+        if Path(name).stem not in labels:
+            raise InputError(f"{folder / name} has no label in the list of validation labels")
+        found.setdefault(labels[Path(name).stem], []).append(os.path.relpath(folder / name, val))
+    return found
+
+
+def fingerprint(*splits: Split) -> str:
+    """A hash over the names, sizes, labels and order of all images."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for name, label in zip(split.names, split.labels):
+            digest.update(f"{name}\0{label}\0{os.stat(split.root / name).st_size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the built-in demo: a hierarchy that is known, because it was drawn
+
+DEMO_CLASSES = (  # 30 ImageNet classes from several branches of WordNet
+    "n01531178 n01532829 n01534433 n01817953 n01818515 n01820546 "  # finches, parrots
+    "n02101556 n02102318 n02102480 n02123045 n02123394 n02123597 "  # spaniels, cats
+    "n03100240 n03594945 n03670208 n03345487 n03417042 n03930630 "  # cars, trucks
+    "n02676566 n02787622 n02992211 n03110669 n03372029 n03394916 "  # stringed and wind instruments
+    "n07747607 n07753113 n07753592 n12998815 n13037406 n13040303"  # fruit, fungi
+).split()
+DEMO_KINDS = 5  # of traits: hue, shape, texture, rim, mark
+DEMO_SIZE, DEMO_TRAIN, DEMO_VAL = 32, 150, 50  # pixels a side, images a class
+DEMO_STEPS, DEMO_BATCH = 500, 64  # of the ViT's training, on images drawn anew for each step
+DEMO_HIDDEN = 0.05  # how often a texture, rim or mark is not to be seen; then only the hypernym can be told
+
+
+def demo_traits(tree: Taxonomy) -> torch.Tensor:
+    """(C, kinds) int: every node below the root gives all classes below it one trait; -1 where a kind is not given.
+
+    From the largest node to the smallest, each takes the first kind that its classes have none of yet, and in it a
+    value of its own; a single class takes its number among its siblings.
+    """
+    sizes = tree.leaves.sum(1)
+    nodes = [v for v in np.flatnonzero(tree.lowest == np.arange(len(sizes))) if sizes[v] < len(tree.classes)]
+    nodes.sort(key=lambda v: -sizes[v])
+    traits = np.full((len(tree.classes), DEMO_KINDS), -1)
+    values_used = [0] * DEMO_KINDS
+    for v in nodes:
+        below = tree.leaves[v]
+        kind = next(kind for kind in range(DEMO_KINDS) if (traits[below, kind] == -1).all())
+        if sizes[v] > 1:
+            traits[below, kind] = values_used[kind]
+            values_used[kind] += 1
+        else:
+            parent = min((u for u in nodes if sizes[u] > 1 and (tree.leaves[u] & below).any()), key=lambda u: sizes[u])
+            traits[below, kind] = np.flatnonzero(tree.leaves[parent]).tolist().index(int(below.argmax()))
+    return torch.from_numpy(traits)
+
+
+def draw(traits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Traits (B, kinds) -> images (B, 3, S, S) uint8, and where the object lies (B, S, S) bool.
+
+    One object at a random place and size on a ground of random hue, under pixel noise. Its hue is told from the
+    ground's, its rim's and mark's from its own, so that no single patch gives a class away.
+    """
+    B, S = len(traits), DEMO_SIZE
+    hidden = (torch.rand(traits.shape, generator=generator) < DEMO_HIDDEN) & torch.tensor([False, False, True, True, True])
+    hue, shape, texture, rim, mark = torch.where(hidden, -1, traits).T[:, :, None, None]  # (B, 1, 1) each
+
+    def uniform(low, high):
+        return torch.rand(B, 1, 1, generator=generator) * (high - low) + low
+
+    def colour(hue):  # (B, 1, 1) in turns -> (B, 3, 1, 1)
+        return 0.5 + 0.5 * torch.cos(2 * math.pi * (hue[:, None] - torch.tensor([0, 1 / 3, 2 / 3])[:, None, None]))
+
+    radius = uniform(8, 10.5)
+    along = torch.arange(S) + 0.5
+    x = ((along[None, None, :] - radius - uniform(0, 1) * (S - 2 * radius)) / radius).expand(B, S, S)
+    y = ((along[None, :, None] - radius - uniform(0, 1) * (S - 2 * radius)) / radius).expand(B, S, S)
+    ax, ay = x.abs(), y.abs()
+    shapes = torch.stack([  # distance from the centre, 1 at the edge, of each shape
+        (x * x + y * y).sqrt(),  # disc
+        torch.maximum(ax, ay) * 1.15,  # square
+        (ax + ay) * 0.85,  # diamond
+        torch.maximum(torch.minimum(ax, ay) * 2.6, torch.maximum(ax, ay)),  # cross
+    ])
+    distance = shapes[shape.flatten(), torch.arange(B)]  # (B, S, S)
+    inside = distance < 1
+
+    angle, cycles = (texture % 4) * math.pi / 4, torch.where(texture < 4, 1.0, 2.0)
+    stripes = torch.sin(2 * math.pi * cycles * (x * angle.cos() + y * angle.sin()) + uniform(0, 2 * math.pi))
+    shade = 0.65 + 0.35 * torch.where(texture >= 0, stripes, 0)
+    ground_hue = uniform(0, 1)
+    body_hue = ground_hue + 1 / 6 + hue / 3 + uniform(-0.05, 0.05)
+    image = 0.325 + 0.35 * colour(ground_hue) + uniform(-0.15, 0.15)[:, None]
+    image = torch.where(inside[:, None], colour(body_hue) * shade[:, None], image)
+    image = torch.where(((distance >= 0.75) & inside & (rim >= 0))[:, None], colour(body_hue + (rim + 1) / 7), image)
+    image = torch.where(((x * x + y * y < 0.1) & (mark >= 0))[:, None], colour(body_hue + (mark + 1) / 4), image)
+    image = image + 0.05 * torch.randn(B, 3, S, S, generator=generator)
+    return (image.clamp(0, 1) * 255).byte(), inside
+
+
+def make_demo(folder: Path) -> None:
+    """Draw the demo's train/ and val/ and train its ViT on images drawn likewise, unless all of it is there."""
+    if (folder / "vit.safetensors").is_file():  # written last
+        return
+    tree = Taxonomy.from_wnids(DEMO_CLASSES)
+    traits = demo_traits(tree)
+    for seed, (split, count) in enumerate([("train", DEMO_TRAIN), ("val", DEMO_VAL)]):
+        generator = torch.Generator().manual_seed(seed)
+        for label, node in enumerate(tree.classes):
+            place = folder / "images" / split / tree.wnids[node]
+            place.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(draw(traits[label].expand(count, -1), generator)[0]):
+                to_pil_image(image).save(place / f"{i:03d}.png")
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    vit, normalise = SmallViT(len(tree.classes), DEMO_SIZE), eval_transform(DEMO_SIZE, DEMO_SIZE).transforms[-1]
+    optimizer = torch.optim.AdamW(vit.parameters(), weight_decay=0.05, fused=True)
+    warm_up = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=DEMO_STEPS, pct_start=0.15)
+    for _ in (bar := tqdm(range(DEMO_STEPS), "      the demo's ViT", unit="step")):
+        labels = torch.randint(len(traits), (DEMO_BATCH,), generator=generator)
+        images = normalise(draw(traits[labels], generator)[0].float() / 255)
+        loss = torch.nn.functional.cross_entropy(vit(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        warm_up.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    save_file(vit.state_dict(), folder / "vit.safetensors")
+
+
+def load_demo_vit(folder: Path) -> SmallViT:
+    vit = SmallViT(len(DEMO_CLASSES), DEMO_SIZE)
+    vit.load_state_dict(load_file(folder / "vit.safetensors"))
+    return vit.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages
+
+
+def record_tokens(settings, out: Path, demo: bool, train: Split, val: Split, identity: dict) -> list[int]:
+    """Stage 1: the class tokens of all asked-for layers, in one pass a split; returns the layers."""
+    folder = out / "tokens"
+    known = json.loads((folder / "tokens.json").read_text()) if (folder / "tokens.json").is_file() else None
+    if known is not None:
+        differing = [f"{key} was {known.get(key)} and is now {value}" for key, value in identity.items() if known.get(key) != value]
+        if differing:
+            raise InputError(f"{out} was made with other settings ({'; '.join(differing)}): give another --out, or delete it")
+    depth = known and known["depth"]
+    done = lambda layer: all((folder / split / f"layer_{layer:02d}.npy").is_file() for split in ("train", "val"))
+    if known and all(layer < depth and done(layer) for layer in parse_layers(settings.layers, depth)):
+        return parse_layers(settings.layers, depth)
+
+    model = load_demo_vit(out).to(settings.device) if demo else load_backbone(settings.backbone, settings.hub, settings.device)
+    depth, width = len(dinov2_hooks.blocks_of(model)), model.cls_token.shape[-1]
+    layers = parse_layers(settings.layers, depth)
+    check_layers(model, layers)
+    missing = [layer for layer in layers if not done(layer)]
+    tokens = len(missing) * (len(train) + len(val)) * width * 2
+    saes = len(layers) * 2 * settings.expansion * width**2 * 4
+    free = shutil.disk_usage(next(place for place in (out, *out.resolve().parents) if place.exists())).free
+    if tokens + saes > free:
+        raise InputError(
+            f"not enough disk: {size(tokens)} of class tokens and {size(saes)} of SAEs are to go to {out}, where "
+            f"{size(free)} are free; choose another --out, fewer --layers or a lower --images-per-class"
+        )
+    print(f"      {len(missing)} layers of width {width}, {size(tokens)} of fp16 on disk")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "tokens.json", {**identity, "depth": depth, "width": width})
+    transform = eval_transform(DEMO_SIZE, DEMO_SIZE) if demo else eval_transform()
+    bad = [] if settings.skip_bad_images else None
+    for name, split in [("train", train), ("val", val)]:
+        with tqdm(total=len(split), desc=f"      {name}", unit="image") as bar:
+
+            def batches():
+                for batch in split.batches(transform, settings.device, bad):
+                    yield batch
+                    bar.update(len(batch[2]))
+
+            record_class_tokens(model, batches(), missing, folder / name, split.names)
+    if bad:
+        print(f"      left out {len(bad)} images that do not decode:", *bad, sep="\n        ")
+    return layers
+
+
+def train_saes(settings, out: Path, training: Training, layers: list[int], about: dict) -> Path:
+    """Stage 2: one SAE a layer; returns the folder they are in, which is named by what they were trained with."""
+    folder = out / "saes" / "_".join(f"{key}-{value}" for key, value in asdict(training).items())
+    missing = [layer for layer in layers if not (folder / f"layer_{layer:02d}" / "model.safetensors").is_file()]
+    with tqdm(total=0, unit="step", disable=not missing) as bar:
+        for place, layer in enumerate(missing):
+            bar.set_description(f"      layer {layer}")
+
+            def progress(step, steps, loss):
+                bar.total = steps * len(missing)
+                bar.update()
+
+            buffer = ActivationBuffer(out / f"tokens/train/layer_{layer:02d}.npy", settings.device)
+            try:
+                sae = train_sae(buffer, training, {**about, **asdict(training), "layer": layer}, progress)
+            except SAEError as error:
+                raise InputError(f"layer {layer}: {error}") from error
+            sae.cpu().save_pretrained(folder / f"layer_{layer:02d}.part")
+            (folder / f"layer_{layer:02d}.part").replace(folder / f"layer_{layer:02d}")
+    return folder
+
+
+def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxonomy, layer: int) -> dict:
+    """Stage 3: {"layers": a row of layers.csv, "hierarchy": the rows of hierarchy.csv} for one layer."""
+    scoring = {"top_k": settings.top_k, "response_rate": settings.response_rate}
+    path = saes / f"layer_{layer:02d}" / "scores.json"
+    if path.is_file() and (known := json.loads(path.read_text()))["scoring"] == scoring:
+        return known
+    tokens = {split: ActivationBuffer(out / f"tokens/{split}/layer_{layer:02d}.npy", settings.device) for split in ("train", "val")}
+    labels = {split: np.load(out / f"tokens/{split}/labels.npy") for split in ("train", "val")}
+    with redirect_stdout(None):  # from_pretrained prints
+        sae = SparseAutoencoder.from_pretrained(saes / f"layer_{layer:02d}").to(settings.device)
+    statistics = tokens["train"].statistics()
+    untrained = new_sae(statistics, training).to(settings.device)
+    mean = statistics.mean.float().to(settings.device)
+    shuffled = np.random.default_rng(settings.seed).permutation(labels["val"])
+
+    probes = out / f"tokens/probe_seed-{settings.seed}.json"  # a probe does not depend on the SAE
+    accuracy = json.loads(probes.read_text()) if probes.is_file() else {}
+    if str(layer) not in accuracy:
+        accuracy[str(layer)] = linear_probe(
+            tokens["train"].tokens, labels["train"], tokens["val"].tokens, labels["val"], settings.device, settings.seed
+        )
+        write_json(probes, accuracy)
+    row = {"layer": layer, "width": len(mean), "gamma": statistics.gamma, "probe_top1": accuracy[str(layer)]}
+    row |= reconstruction(sae, tokens["val"].batches(VAL_BATCH))._asdict()
+    hierarchy = []
+    for name, encode, labelings in [
+        ("sae", sae.encode, {"true": labels["val"], "shuffled": shuffled}),
+        ("neurons", neurons(mean), {"true": labels["val"]}),
+        ("untrained", untrained.encode, {"true": labels["val"]}),
+    ]:
+        batches = tokens["val"].batches(VAL_BATCH)
+        profiles = profile_latents(encode, batches, list(labelings.values()), len(tree.classes), settings.top_k)
+        for labeling, profile in zip(labelings, profiles):
+            summary = score_hierarchy(profile, tree, settings.response_rate).summary()
+            hierarchy.append({"layer": layer, "dictionary": name, "labels": labeling, **summary})
+    write_json(path, scores := {"scoring": scoring, "layers": row, "hierarchy": hierarchy})
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+
+def check_claims(layers: list[dict], hierarchy: list[dict]) -> list[dict]:
+    """The paper's qualitative claims on this run's numbers: rows of claims.csv.
+
+    Each is a one-sided permutation test of Spearman's rho over layers. Verdict: "holds" where rho > 0 and p < 0.05,
+    "contradicted" where the opposite trend has p < 0.05, else "open"; "open" too with too few layers to tell.
+    """
+    def column(name, labels="true"):
+        return np.array([row[name] for row in hierarchy if row["dictionary"] == "sae" and row["labels"] == labels], float)
+
+    depth = np.array([row["layer"] for row in layers])
+    by_layer = {name: np.array([row[name] for row in layers], float) for name in ("probe_top1", "nmse", "l0")}
+    lch, lch_shuffled = (column("lch_height_pairwise", labels) for labels in ("true", "shuffled"))
+    lchs, lchs_shuffled = (column("hypernyms_lch", labels) for labels in ("true", "shuffled"))
+    matched, matched_shuffled = (column("hypernyms_matched", labels) for labels in ("true", "shuffled"))
+    rows = []
+    for claim, statistic, values in [
+        ("category information grows with depth", "probe_top1", by_layer["probe_top1"]),
+        ("early layers are easier to auto-encode", "nmse", by_layer["nmse"]),
+        ("early layers need fewer active latents", "l0", by_layer["l0"]),
+        ("latents grow more specific: LCH height falls", "-lch_height_pairwise", -lch),
+        ("... by more than under shuffled labels", "lch_height_pairwise, shuffled - true", lch_shuffled - lch),
+        ("more hypernyms are the LCH of some latent", "hypernyms_lch", lchs),
+        ("... by more than under shuffled labels", "hypernyms_lch, true - shuffled", lchs - lchs_shuffled),
+        ("more hypernyms are matched by some latent", "hypernyms_matched", matched),
+        ("... by more than under shuffled labels", "hypernyms_matched, true - shuffled", matched - matched_shuffled),
+    ]:
+        there = np.isfinite(values)  # a layer without an alive latent has no LCH height
+        trend = rising_trend(depth[there], values[there])
+        opposite = rising_trend(depth[there], -values[there])
+        verdict = "holds" if trend.p_value < 0.05 else "contradicted" if opposite.p_value < 0.05 else "open"
+        rows.append({
+            "claim": claim, "statistic": f"Spearman's rho of layer and {statistic}",
+            "value": trend.rho, "p_value": trend.p_value, "verdict": verdict,
+        })
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    def cell(value):
+        return "-" if value != value else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw_figures(folder: Path, title: str, layers: list[dict], hierarchy: list[dict]) -> None:
+    """layers.png: probe, NMSE and FVU, L0 by layer; hierarchy.png: LCH heights, match, hypernyms, with baselines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    depth = [row["layer"] for row in layers]
+    # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each
+    styles = {
+        ("sae", "true"): dict(color="#0072B2", marker="o", label="SAE"),
+        ("sae", "shuffled"): dict(color="#D55E00", marker="x", label="SAE, shuffled labels", linestyle="--"),
+        ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons"),
+        ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE"),
+    }
+
+    def panel(axis, name, ylabel, log=False):
+        axis.set(title=name, xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    axes[0].plot(depth, [row["probe_top1"] for row in layers], color="#0072B2", marker="o")
+    panel(axes[0], "Linear probe on the class token", "top-1 accuracy on val")
+    axes[0].set_ylim(0, 1)
+    for name, color, marker in [("nmse", "#D55E00", "s"), ("fvu", "#0072B2", "o")]:
+        axes[1].plot(depth, [row[name] for row in layers], color=color, marker=marker, label=name.upper())
+    panel(axes[1], "SAE reconstruction error", "NMSE, FVU", log=True)
+    axes[1].legend()
+    axes[2].plot(depth, [row["l0"] for row in layers], color="#0072B2", marker="o")
+    panel(axes[2], "Active latents", "L0, mean per image")
+    axes[2].set_ylim(bottom=0)
+    figure.suptitle(title)
+    figure.savefig(folder / "layers.png", dpi=150)
+    plt.close(figure)
+
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.9), layout="constrained")
+    for axis, column, name, ylabel in [
+        (axes[0], "lch_height_pairwise", "LCH height, pairwise", "edges above the classes"),
+        (axes[1], "lch_height", "LCH height, set of top images", "edges above the classes"),
+        (axes[2], "match", "Hypernym match", "mean best Jaccard"),
+        (axes[3], "hypernyms_matched", "Hypernyms found", "matched with Jaccard > 0.5"),
+    ]:
+        for (dictionary, labels), style in styles.items():
+            values = [row[column] for row in hierarchy if (row["dictionary"], row["labels"]) == (dictionary, labels)]
+            axis.plot(depth, values, **style)
+        panel(axis, name, ylabel)
+        axis.set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(title)
+    figure.savefig(folder / "hierarchy.png", dpi=150)
+    plt.close(figure)
+
+
+def write_results(folder: Path, title: str, note: str, record: dict) -> str:
+    """Stage 4: the tables as CSV, Markdown and JSON, and the figures; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("layers", "hierarchy", "claims"):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, record[name][0])
+            writer.writeheader()
+            writer.writerows(record[name])
+    text = f"# {title}\n\n{note}\n\n" + "\n\n".join(
+        f"## {name.capitalize()}\n\n{markdown(record[name])}" for name in ("layers", "hierarchy", "claims")
+    )
+    (folder / "tables.md").write_text(text + "\n")
+    write_json(folder / "results.json", record)
+    draw_figures(folder / "figures", title, record["layers"], record["hierarchy"])
+    return text
+
+
+def write_json(path: Path, content) -> None:
+    """Write through a temporary file, so that a file that is there is whole; NaN becomes null."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(plain(content), indent=1) + "\n")
+    part.replace(path)
+
+
+def size(count: float) -> str:
+    """bytes -> "3.9 GB" """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEMO_NOTE = (
+    "This is the built-in demo: drawn images with a planted hierarchy and a small ViT trained on the spot. Its numbers "
+    "check the pipeline and are not the paper's. The paper's job: python reproduce.py --layers all --data <ImageNet>"
+)
+
+
+def run(settings: argparse.Namespace) -> None:
+    started = time.time()
+    seconds = {}
+
+    def finished(stage):
+        seconds[stage] = round(time.time() - started - sum(seconds.values()), 1)
+
+    data = settings.data or os.environ.get("IMAGENET_DIR") or ("imagenet" if Path("imagenet").is_dir() else None)
+    demo = data is None
+    if demo:
+        if settings.backbone or settings.hub:
+            raise InputError("--backbone and --hub need images: give --data (the built-in demo brings its own ViT)")
+        out = Path(settings.out or "runs/demo")
+        print(f"{DEMO_NOTE}\n\n[1/4] images, ViT and class tokens")
+        make_demo(out)
+        data, settings.backbone, settings.hub = str(out / "images"), "demo", "built in"
+    else:
+        settings.backbone, settings.hub = settings.backbone or "dinov2_vitg14", settings.hub or dinov2_hooks.HUB
+        out = Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
+        print("[1/4] images and class tokens")
+    train, val, classes, remarks = find_images(data, settings.images_per_class)
+    tree = Taxonomy.from_wnids(classes)
+    print(f"      {data}: {len(train):,} training and {len(val):,} validation images of {len(classes):,} classes")
+    for remark in remarks:
+        print(f"      {remark}")
+    if settings.top_k > len(val):
+        raise InputError(f"--top-k {settings.top_k} is above the number of validation images, {len(val)}")
+    if (settings.batch_size or 1) > len(train):
+        raise InputError(f"--batch-size {settings.batch_size} is above the number of training images, {len(train)}")
+    identity = {
+        "data": fingerprint(train, val), "train_images": len(train), "val_images": len(val), "classes": len(classes),
+        "backbone": settings.backbone, "hub": settings.hub,
+    }
+    layers = record_tokens(settings, out, demo, train, val, identity)
+    finished("tokens")
+
+    rows = len(np.load(out / "tokens/train/labels.npy", mmap_mode="r"))
+    batch_size = settings.batch_size or fitting_batch_size(rows, settings.epochs)
+    training = Training(
+        settings.expansion, settings.l1, settings.inputs, settings.epochs, batch_size, settings.lr, settings.seed
+    )
+    print(f"[2/4] sparse autoencoders: {settings.inputs} inputs, λ = {settings.l1}, {settings.epochs} epochs, batch {batch_size}")
+    about = {"backbone": settings.backbone, "hub": settings.hub, "data": identity["data"]}
+    saes = train_saes(settings, out, training, layers, about)
+    finished("saes")
+
+    print("[3/4] scores: reconstruction, probe, hierarchy")
+    scores = [score_layer(settings, out, saes, training, tree, layer) for layer in tqdm(layers, "      layers", unit="layer")]
+    finished("scores")
+
+    print("[4/4] tables and figures")
+    by_layer = [score["layers"] for score in scores]
+    hierarchy = [row for score in scores for row in score["hierarchy"]]
+    record = {
+        "settings": {**vars(settings), "data": data, "out": str(out), "batch_size": batch_size},
+        "images": identity,
+        "hypernyms": int((tree.leaves[tree.hypernyms].sum(1) <= len(classes) / 2).sum()),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "layers": by_layer,
+        "hierarchy": hierarchy,
+        "claims": check_claims(by_layer, hierarchy),
+        "seconds": seconds,
+    }
+    title = f"{settings.backbone} on {Path(data).resolve().name if not demo else 'drawn images'}, {settings.inputs} inputs"
+    note = DEMO_NOTE if demo else f"{len(train):,} training and {len(val):,} validation images of {len(classes):,} classes."
+    note += f" {record['hypernyms']} hypernyms could be found."
+    print("\n" + write_results(out / "results", title, note, record))
+    finished("results")
+    print(f"\nDone in {time.time() - started:.0f} s. Tables and figures: {out / 'results'}; SAEs: {saes}")
+    if demo:
+        print(DEMO_NOTE)
+
+
+def main(argv=None) -> int:
+    settings = parse_settings(argv)
+    try:
+        run(settings)
+    except (InputError, BackboneError, SAEError, TaxonomyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: lower --batch-size or --expansion, choose a smaller --backbone, or give "
+              "--device cpu; what is done is kept", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
