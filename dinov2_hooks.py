@@ -200,6 +200,73 @@ class GrowingArray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# relevancy maps
+
+
+class _Reached(Exception):
+    """Ends a forward pass after the block it was needed for."""
+
+
+def relevancy_maps(model: nn.Module, images: torch.Tensor, layer: int, score) -> torch.Tensor:
+    """Where in each image a function of the class token looks: (B, 3, H, W) -> (B, h, w), a value of at least 0 a patch.
+
+    score  class tokens (B, n) after block `layer` -> (B,), as lambda x: sae.encode(x)[:, latent]
+
+    Gradient-weighted attention rollout (Chefer, Gur, Wolf 2021, "Generic Attention-model Explainability", eqs. 5, 6):
+    R = I, and for every block from 0 to `layer`  R += mean over heads of relu(dscore/dA * A) @ R, with A (B, heads, N, N)
+    the block's attention; the map is the class token's row of R over the patches. All zero where the score is flat.
+
+    The models fuse their attention, so that no A reaches a hook: while the map is made, hooks on blocks.N.attn replace
+    its output by an explicit computation, which is checked against it. The model is left as it was.
+    Raises BackboneError where a model's attention is not softmax(q kᵀ / √d) v on .qkv and .proj.
+    """
+    check_layers(model, [layer])
+    blocks, attentions, tokens = blocks_of(model)[: layer + 1], [], []
+
+    def explicit(attn, inputs, output):
+        fused = (output[0] if isinstance(output, tuple) else output).detach()  # DINO v1 returns its attention beside it
+        mixed, attention = _explicit_attention(attn, inputs[0])
+        if not torch.allclose(mixed, fused, rtol=1e-3, atol=1e-3 * float(fused.abs().max())):
+            raise BackboneError(f"no relevancy map: {type(attn).__name__} of this backbone is no plain softmax attention")
+        attentions.append(attention)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    def stop(block, inputs, output):
+        tokens.append(output[:, 0])
+        raise _Reached
+
+    handles = [block.attn.register_forward_hook(explicit) for block in blocks] + [blocks[-1].register_forward_hook(stop)]
+    try:
+        with torch.enable_grad():
+            model(images)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(score(tokens[0]).sum(), attentions)  # images do not mix: each gets its own
+    N = attentions[0].shape[-1]
+    R = torch.eye(N, dtype=images.dtype, device=images.device).expand(len(images), N, N)
+    for attention, gradient in zip(attentions, gradients):
+        R = R + (attention.detach() * gradient).relu().mean(1) @ R
+    stride = next(module.stride for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    h, w = images.shape[2] // stride[0], images.shape[3] // stride[1]
+    return R[:, 0, N - h * w :].unflatten(1, (h, w))  # patches come last, after the class token and any registers
+
+
+def _explicit_attention(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block's self-attention step by step: tokens (B, N, n) -> mixed tokens (B, N, n), attention (B, heads, N, N)."""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, n/heads) each
+    if hasattr(attn, "q_norm"):  # timm
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    if not attention.requires_grad:  # of the first block, where all parameters are frozen
+        attention.requires_grad_()
+    return attn.proj((attention @ v).transpose(1, 2).flatten(2)), attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # a small ViT with DINOv2's module names, for the demo and the tests
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dinov2_hooks import (
-    HUB, BackboneError, SmallViT, blocks_of, class_tokens, eval_transform, load_backbone, record_class_tokens,
+    HUB, BackboneError, SmallViT, blocks_of, class_tokens, eval_transform, load_backbone, record_class_tokens, relevancy_maps,
 )
 
 
@@ -157,6 +157,109 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(BackboneError, match="could not be fetched .* pass a local copy of the repository as --hub"):
         load_backbone("dinov2_vits14", HUB)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# relevancy maps
+
+
+def check_explicit_attention(model, images, grid):
+    """The explicit attention's tokens are the fused one's, and the model is afterwards what it was before."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = range(len(blocks_of(model)))
+    with torch.no_grad():
+        before = class_tokens(model, images, layers)
+    for layer in (0, layers[-1]):
+        seen = []
+        maps = relevancy_maps(model, images, layer, lambda x: seen.append(x.detach()) or x[:, :5].sum(1))
+        assert (seen[0] - before[layer]).abs().max() <= 1e-5 * before[layer].abs().max()
+        assert maps.shape == (len(images), *grid) and (maps >= 0).all() and (maps.amax((1, 2)) > 0).all()
+    with pytest.raises(ZeroDivisionError):
+        relevancy_maps(model, images, 0, lambda x: 1 / 0)
+    with torch.no_grad():
+        assert torch.equal(class_tokens(model, images, layers), before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("shape", ["dinov2_vits14", "dinov2_vits14_reg", "swiglu", "swiglu_chunked"])
+def test_explicit_attention_on_dinov2(dinov2, shape):
+    model = load_dinov2(dinov2, shape).requires_grad_(False)
+    check_explicit_attention(model, torch.randn(2, 3, 112, 112), (8, 8))
+
+
+def test_explicit_attention_on_timm():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    for name in ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"):
+        model = timm.create_model(name, pretrained=False, num_classes=0, img_size=112).eval().requires_grad_(False)
+        check_explicit_attention(model, torch.randn(2, 3, 112, 112), (112 // model.patch_embed.patch_size[0],) * 2)
+
+
+def test_explicit_attention_on_attention_returned_beside_the_output(vit):
+    class Beside(nn.Module):  # as DINO v1's blocks have it
+        def __init__(self, attn):
+            super().__init__()
+            self.qkv, self.proj, self.num_heads = attn.qkv, attn.proj, attn.num_heads
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+            return self.proj((attention @ v).transpose(1, 2).flatten(2)), attention
+
+    images = torch.randn(2, 3, 16, 16)
+    plain = relevancy_maps(vit, images, 2, lambda x: x[:, 0])
+    for block in vit.blocks:
+        block.attn, block.forward = Beside(block.attn), lambda x, b=block: (y := x + b.attn(b.norm1(x))[0]) + b.mlp(b.norm2(y))
+    check_explicit_attention(vit.requires_grad_(False), images, (4, 4))
+    torch.testing.assert_close(relevancy_maps(vit, images, 2, lambda x: x[:, 0]), plain)
+
+
+def test_attention_of_another_kind_is_refused(vit):
+    vit.blocks[1].attn.register_forward_hook(lambda attn, inputs, output: output * 1.1)
+    with pytest.raises(BackboneError, match="no plain softmax attention"):
+        relevancy_maps(vit, torch.randn(1, 3, 16, 16), 2, lambda x: x[:, 0])
+
+
+def test_relevancy_against_finite_differences():
+    """The rollout by its formula, with dscore/dA by nudging every entry of every attention matrix."""
+    torch.manual_seed(1)
+    vit = SmallViT(classes=2, size=8, patch=4, width=8, depth=3, heads=2).double().requires_grad_(False)
+    for parameter in vit.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.4)
+    image, direction, layer = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64), 1
+
+    def forward(nudge=None):  # -> score, attentions; nudge = (block, head, row, column, by)
+        x = vit.patch_embed(image).flatten(2).transpose(1, 2)
+        x = torch.cat([vit.cls_token, x], dim=1) + vit.pos_embed
+        attentions = []
+        for i, block in enumerate(vit.blocks[: layer + 1]):
+            q, k, v = block.attn.qkv(block.norm1(x)).view(1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            attention = torch.softmax(q @ k.transpose(2, 3) / 2, dim=3)
+            attentions.append(attention[0].clone())
+            if nudge and nudge[0] == i:
+                attention[0][nudge[1:4]] += nudge[4]
+            x = x + block.attn.proj((attention @ v).transpose(1, 2).reshape(1, 5, 8))
+            x = x + block.mlp(block.norm2(x))
+        return torch.tanh(x[0, 0] @ direction), attentions
+
+    attentions, R, step = forward()[1], torch.eye(5, dtype=torch.float64), 1e-5
+    for i, attention in enumerate(attentions):
+        weighted = torch.zeros(5, 5, dtype=torch.float64)
+        for h in range(2):
+            for row in range(5):
+                for column in range(5):
+                    up, down = (forward((i, h, row, column, by))[0] for by in (step, -step))
+                    weighted[row, column] += torch.relu((up - down) / (2 * step) * attention[h, row, column]) / 2
+        R = R + weighted @ R
+    ours = relevancy_maps(vit, image, layer, lambda x: torch.tanh(x @ direction))
+    torch.testing.assert_close(ours[0].flatten(), R[0, 1:], rtol=1e-5, atol=1e-9)
+
+
+def test_relevancy_in_a_batch_is_relevancy_one_by_one(vit):
+    images = torch.randn(4, 3, 16, 16)
+    together = relevancy_maps(vit, images, 2, lambda x: torch.relu(x[:, 3]))
+    alone = torch.cat([relevancy_maps(vit, image[None], 2, lambda x: torch.relu(x[:, 3])) for image in images])
+    torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
