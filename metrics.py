@@ -253,3 +253,29 @@ def rising_trend(x, y, permutations: int = 100_000, seed: int = 0) -> Trend:
         return Trend(float(observed / norm), float((orders @ a >= observed - 1e-9).mean()))
     orders = np.random.default_rng(seed).permuted(np.tile(b, (permutations, 1)), axis=1)
     return Trend(float(observed / norm), float((1 + (orders @ a >= observed - 1e-9).sum()) / (1 + permutations)))
+
+
+def agreement_trend(agreement: np.ndarray, permutations: int = 10_000, seed: int = 0) -> Trend:
+    """Do near layers agree more than far ones? agreement (L, L), symmetric, NaN where not defined.
+
+    Mantel's test: Spearman's rho of agreement and nearness over pairs of layers, and its one-sided p-value by
+    permuting the layers, since pairs that share a layer are not independent of each other.
+    """
+    a, b = np.triu_indices(len(agreement), 1)
+    there = np.isfinite(agreement[a, b])
+    a, b = a[there], b[there]
+    if len(a) < 3:
+        return Trend(float("nan"), float("nan"))
+    values = _ranks(agreement[a, b])
+    distances, inverse = np.unique(b - a, return_inverse=True)
+    nearness = np.zeros(len(agreement))  # rank of -distance, by distance
+    nearness[distances] = _ranks(-(b - a))[[np.flatnonzero(inverse == i)[0] for i in range(len(distances))]]
+    values, nearness = values - values.mean(), nearness - nearness[b - a].mean()
+    norm = float(np.sqrt((values @ values) * (nearness[b - a] @ nearness[b - a])))
+    if norm == 0:
+        return Trend(float("nan"), float("nan"))
+    rng = np.random.default_rng(seed)
+    observed = values @ nearness[b - a]
+    orders = (rng.permutation(len(agreement)) for _ in range(permutations))
+    larger = sum(values @ nearness[np.abs(order[b] - order[a])] >= observed - 1e-9 for order in orders)
+    return Trend(float(observed / norm), float((1 + larger) / (1 + permutations)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metrics import (
-    Profile, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
+    Profile, agreement_trend, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
 )
 from taxonomy import Synset, Taxonomy, imagenet1k
 
@@ -198,6 +198,34 @@ def test_trend_p_value_sampled_agrees_with_the_t_distribution():
     grid = np.linspace(t, 200, 2_000_001)
     density = math.gamma(5.5) / (math.sqrt(10 * math.pi) * math.gamma(5)) * (1 + grid**2 / 10) ** -5.5
     assert trend.p_value == pytest.approx(np.trapezoid(density, grid) if hasattr(np, "trapezoid") else np.trapz(density, grid), rel=0.25)
+
+
+def test_agreement_trend_against_all_orders_of_the_layers():
+    """Mantel's test by brute force: Pearson's correlation of ranks under every one of the 5! orders."""
+    rng = np.random.default_rng(3)
+    agreement = rng.random((5, 5))
+    agreement = (agreement + agreement.T) / 2 - 0.15 * np.abs(np.subtract.outer(range(5), range(5)))
+    upper = np.triu_indices(5, 1)
+
+    def ranks(values):
+        return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
+
+    def rho(order):
+        distance = np.abs(np.subtract.outer(order, order))[upper]
+        return np.corrcoef(ranks(-distance), ranks(agreement[upper]))[0, 1]
+
+    exact = np.mean([rho(np.array(order)) >= rho(np.arange(5)) - 1e-9 for order in itertools.permutations(range(5))])
+    trend = agreement_trend(agreement)
+    assert trend.rho == pytest.approx(rho(np.arange(5))) and trend.p_value == pytest.approx(exact, abs=0.015)
+
+
+def test_agreement_trend_leaves_out_what_is_not_defined():
+    layers = np.arange(7)
+    agreement = 1.0 - 0.1 * np.abs(np.subtract.outer(layers, layers))
+    agreement[:2, :2] = np.nan
+    assert agreement_trend(agreement).rho == pytest.approx(1) and agreement_trend(agreement).p_value < 0.01
+    assert agreement_trend(-agreement).rho == pytest.approx(-1)
+    assert math.isnan(agreement_trend(np.full((4, 4), np.nan)).rho) and math.isnan(agreement_trend(np.ones((4, 4))).rho)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
