@@ -10,18 +10,21 @@ Four stages, each skipped where its work is already in the output folder:
     4. scores -> tables, claims, figures                   results/
 """
 import argparse
+import base64
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from html import escape
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +32,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import dinov2_hooks
-from dinov2_hooks import BackboneError, SmallViT, check_layers, eval_transform, load_backbone, record_class_tokens
-from metrics import linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy
+from dinov2_hooks import (
+    BackboneError, SmallViT, check_layers, eval_transform, load_backbone, record_class_tokens, relevancy_maps,
+)
+from metrics import (
+    Profile, Scores, agreement_trend, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
+)
 from sae import ActivationBuffer, SAEError, SparseAutoencoder, Training, fitting_batch_size, new_sae, train_sae
 from taxonomy import Taxonomy, TaxonomyError
 
@@ -388,6 +396,13 @@ def load_demo_vit(folder: Path) -> SmallViT:
     return vit.eval().requires_grad_(False)
 
 
+def open_backbone(settings, out: Path, demo: bool):
+    """The model, and the transform its images go through."""
+    if demo:
+        return load_demo_vit(out).to(settings.device), eval_transform(DEMO_SIZE, DEMO_SIZE)
+    return load_backbone(settings.backbone, settings.hub, settings.device), eval_transform()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # stages
 
@@ -405,11 +420,11 @@ def record_tokens(settings, out: Path, demo: bool, train: Split, val: Split, ide
     if known and all(layer < depth and done(layer) for layer in parse_layers(settings.layers, depth)):
         return parse_layers(settings.layers, depth)
 
-    model = load_demo_vit(out).to(settings.device) if demo else load_backbone(settings.backbone, settings.hub, settings.device)
+    model, transform = open_backbone(settings, out, demo)
     depth, width = len(dinov2_hooks.blocks_of(model)), model.cls_token.shape[-1]
     layers = parse_layers(settings.layers, depth)
     check_layers(model, layers)
-    missing = [layer for layer in layers if not done(layer)]
+    missing = [layer for layer in layers if known is None or not done(layer)]
     tokens = len(missing) * (len(train) + len(val)) * width * 2
     saes = len(layers) * 2 * settings.expansion * width**2 * 4
     free = shutil.disk_usage(next(place for place in (out, *out.resolve().parents) if place.exists())).free
@@ -421,7 +436,6 @@ def record_tokens(settings, out: Path, demo: bool, train: Split, val: Split, ide
     print(f"      {len(missing)} layers of width {width}, {size(tokens)} of fp16 on disk")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tokens.json", {**identity, "depth": depth, "width": width})
-    transform = eval_transform(DEMO_SIZE, DEMO_SIZE) if demo else eval_transform()
     bad = [] if settings.skip_bad_images else None
     for name, split in [("train", train), ("val", val)]:
         with tqdm(total=len(split), desc=f"      {name}", unit="image") as bar:
@@ -459,16 +473,20 @@ def train_saes(settings, out: Path, training: Training, layers: list[int], about
     return folder
 
 
+def load_sae(saes: Path, layer: int, device: str) -> SparseAutoencoder:
+    with redirect_stdout(None):  # from_pretrained prints
+        return SparseAutoencoder.from_pretrained(saes / f"layer_{layer:02d}").to(device)
+
+
 def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxonomy, layer: int) -> dict:
-    """Stage 3: {"layers": a row of layers.csv, "hierarchy": the rows of hierarchy.csv} for one layer."""
+    """Stage 3 for one layer: its row of layers.csv, its rows of hierarchy.csv, and every hypernym's best latent."""
     scoring = {"top_k": settings.top_k, "response_rate": settings.response_rate}
     path = saes / f"layer_{layer:02d}" / "scores.json"
     if path.is_file() and (known := json.loads(path.read_text()))["scoring"] == scoring:
         return known
     tokens = {split: ActivationBuffer(out / f"tokens/{split}/layer_{layer:02d}.npy", settings.device) for split in ("train", "val")}
     labels = {split: np.load(out / f"tokens/{split}/labels.npy") for split in ("train", "val")}
-    with redirect_stdout(None):  # from_pretrained prints
-        sae = SparseAutoencoder.from_pretrained(saes / f"layer_{layer:02d}").to(settings.device)
+    sae = load_sae(saes, layer, settings.device)
     statistics = tokens["train"].statistics()
     untrained = new_sae(statistics, training).to(settings.device)
     mean = statistics.mean.float().to(settings.device)
@@ -483,7 +501,7 @@ def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxon
         write_json(probes, accuracy)
     row = {"layer": layer, "width": len(mean), "gamma": statistics.gamma, "probe_top1": accuracy[str(layer)]}
     row |= reconstruction(sae, tokens["val"].batches(VAL_BATCH))._asdict()
-    hierarchy = []
+    hierarchy, hypernyms = [], {}
     for name, encode, labelings in [
         ("sae", sae.encode, {"true": labels["val"], "shuffled": shuffled}),
         ("neurons", neurons(mean), {"true": labels["val"]}),
@@ -492,131 +510,385 @@ def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxon
         batches = tokens["val"].batches(VAL_BATCH)
         profiles = profile_latents(encode, batches, list(labelings.values()), len(tree.classes), settings.top_k)
         for labeling, profile in zip(labelings, profiles):
-            summary = score_hierarchy(profile, tree, settings.response_rate).summary()
-            hierarchy.append({"layer": layer, "dictionary": name, "labels": labeling, **summary})
-    write_json(path, scores := {"scoring": scoring, "layers": row, "hierarchy": hierarchy})
-    return scores
+            scores = score_hierarchy(profile, tree, settings.response_rate)
+            hierarchy.append({"layer": layer, "dictionary": name, "labels": labeling, **scores.summary()})
+            if name == "sae":
+                hypernyms[labeling] = best_latents(scores, profile, tree)
+    result = {"scoring": scoring, "layers": row, "hierarchy": hierarchy, "hypernyms": hypernyms}
+    write_json(path, result)
+    return result
+
+
+def best_latents(scores: Scores, profile: Profile, tree: Taxonomy) -> dict:
+    """wnid of each hypernym that some latent responds to -> the latent that matches it best."""
+    place = {latent: i for i, latent in enumerate(scores.latents.tolist())}
+    return {
+        tree.wnids[v]: {
+            "match": float(match), "latent": latent, "lch": tree.wnids[scores.lch[place[latent]]],
+            "coverage": float(scores.coverage[place[latent]]), "top_images": profile.top_images[latent].tolist(),
+        }
+        for v, match, latent in zip(scores.hypernyms, scores.hypernym_match, scores.hypernym_latent.tolist())
+        if latent >= 0
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # results
 
 
-def check_claims(layers: list[dict], hierarchy: list[dict]) -> list[dict]:
-    """The paper's qualitative claims on this run's numbers: rows of claims.csv.
+def consistency(scores: list[dict], labels: str) -> np.ndarray:
+    """(L, L) Jaccard of the sets of hypernyms matched in two layers; NaN where neither has any."""
+    found = [{wnid for wnid, best in score["hypernyms"][labels].items() if best["match"] > 0.5} for score in scores]
+    return np.array([[len(a & b) / len(a | b) if a | b else np.nan for b in found] for a in found])
 
-    Each is a one-sided permutation test of Spearman's rho over layers. Verdict: "holds" where rho > 0 and p < 0.05,
-    "contradicted" where the opposite trend has p < 0.05, else "open"; "open" too with too few layers to tell.
+
+def hypernym_rows(scores: list[dict], tree: Taxonomy) -> list[dict]:
+    """Rows of hypernyms.csv, the most general first: where each hypernym emerges, and its best latent in any layer."""
+    rows = []
+    for v in sorted(tree.hypernyms, key=lambda v: (-tree.height[v], -tree.leaves[v].sum(), tree.wnids[v])):
+        by_layer = [(score["layers"]["layer"], score["hypernyms"]["true"].get(tree.wnids[v])) for score in scores]
+        by_layer = [(layer, best) for layer, best in by_layer if best]
+        if tree.leaves[v].sum() > len(tree.classes) / 2:
+            continue
+        layer, best = max(by_layer, key=lambda item: item[1]["match"], default=(None, {}))
+        rows.append({
+            "wnid": tree.wnids[v], "name": tree.names[v], "classes": int(tree.leaves[v].sum()), "height": int(tree.height[v]),
+            "emergence_layer": next((layer for layer, best in by_layer if best["match"] > 0.5), None),
+            "best_layer": layer, "best_latent": best.get("latent"), "match": best.get("match", 0.0),
+            "lch": tree.names[tree.wnids.index(best["lch"])] if best else None,
+        })
+    return rows
+
+
+def check_claims(layers: list[dict], hierarchy: list[dict], agreement: np.ndarray, hypernyms: list[dict]) -> list[dict]:
+    """The paper's qualitative claims on this run's numbers, and one of ours: rows of claims.csv.
+
+    Each is a one-sided permutation test of Spearman's rho. Verdict: "holds" where p < 0.05, "contradicted" where the
+    opposite has p < 0.05, else "open"; "open" too with too few layers to tell.
     """
     def column(name, labels="true"):
         return np.array([row[name] for row in hierarchy if row["dictionary"] == "sae" and row["labels"] == labels], float)
 
     depth = np.array([row["layer"] for row in layers])
-    by_layer = {name: np.array([row[name] for row in layers], float) for name in ("probe_top1", "nmse", "l0")}
     lch, lch_shuffled = (column("lch_height_pairwise", labels) for labels in ("true", "shuffled"))
     lchs, lchs_shuffled = (column("hypernyms_lch", labels) for labels in ("true", "shuffled"))
     matched, matched_shuffled = (column("hypernyms_matched", labels) for labels in ("true", "shuffled"))
+    emerged = [row for row in hypernyms if row["emergence_layer"] is not None]
+    tests = [
+        (claim, f"layer and {statistic}", lambda sign, y=np.asarray(y, float): rising_trend(depth, sign * y))
+        for claim, statistic, y in [
+            ("category information grows with depth", "probe_top1", [row["probe_top1"] for row in layers]),
+            ("early layers are easier to auto-encode", "nmse", [row["nmse"] for row in layers]),
+            ("early layers need fewer active latents", "l0", [row["l0"] for row in layers]),
+            ("latents grow more specific: LCH height falls", "-lch_height_pairwise", -lch),
+            ("... by more than under shuffled labels", "lch_height_pairwise, shuffled - true", lch_shuffled - lch),
+            ("more hypernyms are the LCH of some latent", "hypernyms_lch", lchs),
+            ("... by more than under shuffled labels", "hypernyms_lch, true - shuffled", lchs - lchs_shuffled),
+            ("more hypernyms are matched by some latent", "hypernyms_matched", matched),
+            ("... by more than under shuffled labels", "hypernyms_matched, true - shuffled", matched - matched_shuffled),
+        ]
+    ]
+    tests.append(("near layers agree more than far ones", "nearness and Jaccard, over pairs of layers (Mantel)",
+                  lambda sign: agreement_trend(sign * agreement)))
+    tests.append(("beyond the paper: general hypernyms emerge earlier", f"height and -emergence_layer, over {len(emerged)} hypernyms",
+                  lambda sign: rising_trend([row["height"] for row in emerged], [-sign * row["emergence_layer"] for row in emerged])))
     rows = []
-    for claim, statistic, values in [
-        ("category information grows with depth", "probe_top1", by_layer["probe_top1"]),
-        ("early layers are easier to auto-encode", "nmse", by_layer["nmse"]),
-        ("early layers need fewer active latents", "l0", by_layer["l0"]),
-        ("latents grow more specific: LCH height falls", "-lch_height_pairwise", -lch),
-        ("... by more than under shuffled labels", "lch_height_pairwise, shuffled - true", lch_shuffled - lch),
-        ("more hypernyms are the LCH of some latent", "hypernyms_lch", lchs),
-        ("... by more than under shuffled labels", "hypernyms_lch, true - shuffled", lchs - lchs_shuffled),
-        ("more hypernyms are matched by some latent", "hypernyms_matched", matched),
-        ("... by more than under shuffled labels", "hypernyms_matched, true - shuffled", matched - matched_shuffled),
-    ]:
-        there = np.isfinite(values)  # a layer without an alive latent has no LCH height
-        trend = rising_trend(depth[there], values[there])
-        opposite = rising_trend(depth[there], -values[there])
-        verdict = "holds" if trend.p_value < 0.05 else "contradicted" if opposite.p_value < 0.05 else "open"
+    for claim, statistic, test in tests:
+        trend = test(1)
+        verdict = "holds" if trend.p_value < 0.05 else "contradicted" if test(-1).p_value < 0.05 else "open"
         rows.append({
-            "claim": claim, "statistic": f"Spearman's rho of layer and {statistic}",
-            "value": trend.rho, "p_value": trend.p_value, "verdict": verdict,
+            "claim": claim, "statistic": f"Spearman's rho of {statistic}", "value": trend.rho, "p_value": trend.p_value,
+            "verdict": verdict,
         })
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    def cell(value):
-        return "-" if value != value else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def best_of(scores: list[dict], row: dict) -> dict:
+    """What stage 3 kept of the latent in a row of hypernyms.csv."""
+    return next(score for score in scores if score["layers"]["layer"] == row["best_layer"])["hypernyms"]["true"][row["wnid"]]
 
 
-def draw_figures(folder: Path, title: str, layers: list[dict], hierarchy: list[dict]) -> None:
-    """layers.png: probe, NMSE and FVU, L0 by layer; hierarchy.png: LCH heights, match, hypernyms, with baselines."""
+def named_latents(rows: list[dict], count: int = 12) -> list[dict]:
+    """The hypernyms to show: matched ones from all heights, in turn from the most general on, the best match first."""
+    by_height = {}
+    for row in sorted(rows, key=lambda row: (-row["height"], -row["match"])):
+        if row["emergence_layer"] is not None:
+            by_height.setdefault(row["height"], []).append(row)
+    in_turn = [row for turn in itertools.zip_longest(*by_height.values()) for row in turn if row]
+    latents = {}  # one latent may match a hypernym and the next above it
+    for row in in_turn:
+        latents.setdefault((row["best_layer"], row["best_latent"]), row)
+    return sorted(list(latents.values())[:count], key=lambda row: (-row["height"], -row["match"]))
+
+
+def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores: list[dict], chosen: list[dict]) -> dict[str, Path]:
+    """A picture of each chosen hypernym's latent: its top images, and below them where in them it looks; by wnid.
+
+    Kept beside the SAEs, which they are bound to, so that they are drawn once.
+    """
+    def picture_of(row):
+        return saes / f"layer_{row['best_layer']:02d}" / f"latent_{row['best_latent']}.png"
+
+    missing = [row for row in chosen if not picture_of(row).is_file()]
+    if missing:
+        model, transform = open_backbone(settings, out, demo)
+        ids = np.load(out / "tokens/val/ids.npy")
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in (transform.transforms[-1].mean, transform.transforms[-1].std))
+    for row in tqdm(missing, "      latents", unit="latent", disable=not missing):
+        layer, latent = row["best_layer"], row["best_latent"]
+        sae = load_sae(saes, layer, settings.device)
+        tiles = [[], []]
+        for i in best_of(scores, row)["top_images"][:8]:
+            image = transform(read_image(val.root / val.names[ids[i]]))
+            heat = relevancy_maps(model, image[None].to(settings.device), layer, lambda x: sae.encode(x)[:, latent])[0].cpu()
+            picture = torch.nn.functional.interpolate((image * deviation + mean)[None], (112, 112), mode="bilinear", antialias=True)
+            heat = torch.nn.functional.interpolate(heat[None, None], (112, 112), mode="bilinear")
+            light = 0.2 + 0.8 * (heat / heat.max().clamp(min=1e-30)).sqrt()  # relevancy is peaked: its root shows more of it
+            tiles[0].append(picture[0].clamp(0, 1))
+            tiles[1].append((picture * light)[0].clamp(0, 1))
+        save_image(make_grid(tiles[0] + tiles[1], nrow=len(tiles[0]), pad_value=1), picture_of(row))
+    return {row["wnid"]: picture_of(row) for row in chosen}
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each
+STYLES = {
+    ("sae", "true"): dict(color="#0072B2", marker="o", label="SAE"),
+    ("sae", "shuffled"): dict(color="#D55E00", marker="x", label="SAE, shuffled labels", linestyle="--"),
+    ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons"),
+    ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE"),
+}
+
+
+def draw_figures(folder: Path, record: dict, agreement: np.ndarray, hypernyms: list[dict], tree: Taxonomy) -> dict[str, tuple[str, str]]:
+    """Draws figures/NAME.png; returns NAME -> (alt text, caption), in the order in which to read them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True})
+    layers, hierarchy = record["layers"], record["hierarchy"]
     depth = [row["layer"] for row in layers]
-    # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each
-    styles = {
-        ("sae", "true"): dict(color="#0072B2", marker="o", label="SAE"),
-        ("sae", "shuffled"): dict(color="#D55E00", marker="x", label="SAE, shuffled labels", linestyle="--"),
-        ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons"),
-        ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE"),
-    }
 
-    def panel(axis, name, ylabel, log=False):
-        axis.set(title=name, xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
+    def panel(axis, title, ylabel, **more):
+        axis.set(title=title, xlabel="layer", ylabel=ylabel, **more)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    axes[0].plot(depth, [row["probe_top1"] for row in layers], color="#0072B2", marker="o")
-    panel(axes[0], "Linear probe on the class token", "top-1 accuracy on val")
-    axes[0].set_ylim(0, 1)
+    def finish(figure, name):
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        plt.close(figure)
+
+    figure, ((probe, error), (active, both)) = plt.subplots(2, 2, figsize=(8, 6.4))
+    probe.plot(depth, [row["probe_top1"] for row in layers], color="#0072B2", marker="o")
+    panel(probe, "Linear probe", "top-1 accuracy", ylim=(0, 1))
     for name, color, marker in [("nmse", "#D55E00", "s"), ("fvu", "#0072B2", "o")]:
-        axes[1].plot(depth, [row[name] for row in layers], color=color, marker=marker, label=name.upper())
-    panel(axes[1], "SAE reconstruction error", "NMSE, FVU", log=True)
-    axes[1].legend()
-    axes[2].plot(depth, [row["l0"] for row in layers], color="#0072B2", marker="o")
-    panel(axes[2], "Active latents", "L0, mean per image")
-    axes[2].set_ylim(bottom=0)
-    figure.suptitle(title)
-    figure.savefig(folder / "layers.png", dpi=150)
-    plt.close(figure)
+        error.plot(depth, [row[name] for row in layers], color=color, marker=marker, label=name.upper())
+    panel(error, "SAE reconstruction error", "share left", yscale="log")
+    error.legend()
+    active.plot(depth, [row["l0"] for row in layers], color="#0072B2", marker="o")
+    panel(active, "Active latents", "L0, mean per image", ylim=(0, None))
+    points = both.scatter([row["probe_top1"] for row in layers], [row["nmse"] for row in layers], c=depth, cmap="viridis",
+                          s=[20 + 180 * row["l0"] / max(max(r["l0"] for r in layers), 1e-9) for row in layers])
+    both.set(title="The two together (area: L0)", xlabel="probe accuracy", ylabel="NMSE", yscale="log")
+    figure.colorbar(points, ax=both, label="layer")
+    finish(figure, "layers")
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.9), layout="constrained")
-    for axis, column, name, ylabel in [
-        (axes[0], "lch_height_pairwise", "LCH height, pairwise", "edges above the classes"),
-        (axes[1], "lch_height", "LCH height, set of top images", "edges above the classes"),
-        (axes[2], "match", "Hypernym match", "mean best Jaccard"),
-        (axes[3], "hypernyms_matched", "Hypernyms found", "matched with Jaccard > 0.5"),
+    figure, axes = plt.subplots(2, 2, figsize=(8, 6.8))
+    for axis, column, title, ylabel in [
+        (axes[0, 0], "lch_height_pairwise", "LCH height, pairwise", "edges above the classes"),
+        (axes[0, 1], "match", "Hypernym match", "mean best Jaccard"),
+        (axes[1, 0], "hypernyms_lch", "Hypernyms that are an LCH", f"of {record['hypernyms_possible']}"),
+        (axes[1, 1], "hypernyms_matched", "Hypernyms matched", f"of {record['hypernyms_possible']}, Jaccard > 0.5"),
     ]:
-        for (dictionary, labels), style in styles.items():
+        for (dictionary, labels), style in STYLES.items():
             values = [row[column] for row in hierarchy if (row["dictionary"], row["labels"]) == (dictionary, labels)]
             axis.plot(depth, values, **style)
-        panel(axis, name, ylabel)
-        axis.set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(title)
-    figure.savefig(folder / "hierarchy.png", dpi=150)
+        panel(axis, title, ylabel, ylim=(0, None))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    finish(figure, "hierarchy")
+
+    figure, axis = plt.subplots(figsize=(6, 5))
+    axis.grid(False)
+    axis.set_facecolor("0.85")
+    image = axis.imshow(agreement, vmin=0, vmax=1, cmap="viridis", origin="lower")
+    places = range(0, len(depth), -(-len(depth) // 12))
+    axis.set(xticks=places, xticklabels=[depth[i] for i in places], yticks=places, yticklabels=[depth[i] for i in places])
+    axis.set(xlabel="layer", ylabel="layer", title="Hypernyms that two layers share")
+    figure.colorbar(image, ax=axis, label="Jaccard of the hypernyms matched")
+    finish(figure, "consistency")
+    draw_taxonomy(folder / "emergence.png", hypernyms, depth, tree)
+    return {
+        "layers": (
+            "Four plots over layers: linear probe accuracy, reconstruction error, active latents, and accuracy against error.",
+            "How much class information the token holds, and how easy it is to auto-encode. NMSE counts the token's constant "
+            "part, FVU does not: where NMSE is far below FVU, the token is easy because it hardly changes from image to image.",
+        ),
+        "hierarchy": (
+            "Four plots over layers of LCH height, hypernym match, and hypernyms found, for the SAE and three baselines.",
+            "If the hierarchy is there, the blue line leaves the orange one (shuffled labels). Dense units, as raw neurons and an "
+            "untrained SAE have, get a match near the largest hypernyms for nothing; the counts of hypernyms tell them apart.",
+        ),
+        "consistency": (
+            "Heat map of the Jaccard similarity of the hypernyms matched in every pair of layers.",
+            "Bright near the diagonal: neighbouring layers match the same hypernyms. Grey: neither layer matches any. "
+            + shuffled_level(record["agreement_shuffled"]),
+        ),
+        "emergence": (
+            "The taxonomy from large hypernyms on the left to small ones on the right, each coloured by the layer in which it emerges.",
+            "Each box is a hypernym, as tall as it has classes, its own hypernyms to its left; the colour is the first layer in which "
+            "some latent matches it. Pale boxes are matched in no layer. Hypernyms of more than half of all classes are left out.",
+        ),
+    }
+
+
+def shuffled_level(level: float) -> str:
+    return "Under shuffled labels " + ("no layer matches any." if level != level else f"the mean Jaccard is {level:.2f}.")
+
+
+def draw_taxonomy(path: Path, rows: list[dict], depth: list[int], tree: Taxonomy) -> None:
+    """Hypernyms of at least C/200 classes and at most half as nested boxes, general to specific, by emergence layer."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    sizes = tree.leaves.sum(1)
+    least = max(2, len(tree.classes) // 200)
+    emergence = {row["wnid"]: row["emergence_layer"] for row in rows}
+    nodes = [v for v in tree.hypernyms if sizes[v] >= least and tree.wnids[v] in emergence]
+    nodes.sort(key=lambda v: (-sizes[v], -tree.height[v], v))
+    children, level = {}, {}
+    holds = lambda u, v: u != v and not (tree.leaves[v] & ~tree.leaves[u]).any()
+    for i, v in enumerate(nodes):  # a node goes under its hypernym; of several, under the largest, which is drawn first
+        above = [u for u in nodes[:i] if holds(u, v)]
+        parent = next((u for u in above if not any(holds(u, w) for w in above)), None)
+        level[v] = 0 if parent is None else level[parent] + 1
+        children.setdefault(parent, []).append(v)
+    boxes, placed = {}, np.zeros(len(tree.classes), bool)
+
+    def place(v, top):  # top to bottom; a class of two hypernyms is drawn under the first
+        bottom = top
+        for child in children.get(v, []):
+            bottom = place(child, bottom)
+        bottom += (tree.leaves[v] & ~placed).sum()
+        placed[tree.leaves[v]] = True
+        boxes[v] = (top, bottom)
+        return bottom
+
+    end = 0
+    for v in children[None]:
+        end = place(v, end)
+    colours = matplotlib.colormaps["viridis"]
+    span = max(depth[-1] - depth[0], 1)
+    inches = max(4.0, end * 0.11 / least)
+    figure, axis = plt.subplots(figsize=(1.15 * (max(level.values()) + 1), inches + 1))
+    axis.grid(False)
+    for v, (top, bottom) in boxes.items():
+        if top == bottom:  # all its classes are drawn elsewhere
+            continue
+        layer = emergence[tree.wnids[v]]
+        fill = "0.93" if layer is None else colours((layer - depth[0]) / span)
+        axis.add_patch(plt.Rectangle((level[v], top), 1, bottom - top, facecolor=fill, edgecolor="0.4", linewidth=0.6))
+        if (bottom - top) * inches / end > 0.1:  # room for a line of text
+            name = display_name(tree.names[v])
+            dark = layer is not None and (layer - depth[0]) / span < 0.6
+            axis.text(level[v] + 0.04, (top + bottom) / 2, name if len(name) < 19 else name[:17] + "…", va="center", fontsize=7,
+                      color="white" if dark else "black")
+    axis.set(xlim=(0, max(level.values()) + 1), ylim=(end, 0), yticks=[], xticks=[])
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(depth[0], depth[0] + span), colours)
+    figure.colorbar(scale, ax=axis, label="emergence layer", location="top", aspect=60, pad=0.01,
+                    ticks=matplotlib.ticker.MaxNLocator(integer=True))
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def write_results(folder: Path, title: str, note: str, record: dict) -> str:
-    """Stage 4: the tables as CSV, Markdown and JSON, and the figures; returns the Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("layers", "hierarchy", "claims"):
-        with open(folder / f"{name}.csv", "w", newline="") as file:
+def display_name(synset: str) -> str:
+    """dog.n.01 -> dog"""
+    return synset.rsplit(".", 2)[0].replace("_", " ")
+
+
+def cell(value) -> str:
+    if value is None or value != value:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def html_table(rows: list[dict]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def write_report(path: Path, title: str, note: str, record: dict, figures: dict, latents: list[tuple[dict, Path]]) -> None:
+    """report.html: one file that opens from disk, with every figure inside."""
+    def image(file, alt):
+        return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+
+    parts = [f"<h1>{escape(title)}</h1><p>{escape(note)}</p>"]
+    parts.append("<h2>Claims</h2><p>Each is tested on this run's numbers alone; see the README for the tests.</p>" 
+                 + html_table([{key: row[key] for key in ("claim", "verdict", "value", "p_value", "statistic")} for row in record["claims"]]))
+    parts.append("<h2>Figures</h2>")
+    for name, (alt, caption) in figures.items():
+        wide = ' class="wide"' if name == "emergence" else ""
+        parts.append(f"<figure><div{wide}>{image(path.parent / f'figures/{name}.png', alt)}</div><figcaption>{escape(caption)}</figcaption></figure>")
+    parts.append(
+        "<h2>Named latents</h2><p>For hypernyms of all heights, the latent of any layer that matches each best: its top "
+        "validation images, and below them the same lit where the latent looks (gradient-weighted attention rollout).</p>"
+    )
+    for row, picture in latents:
+        name = display_name(row["name"])
+        caption = (
+            f"<b>{escape(name)}</b> ({row['classes']} classes, height {row['height']}): latent {row['best_latent']} of layer "
+            f"{row['best_layer']}, match {row['match']:.2f}, coverage {row['coverage']:.2f}, LCH {escape(display_name(row['lch']))}; "
+            f"{escape(name)} emerges in layer {row['emergence_layer']}"
+        )
+        parts.append(f"<figure>{image(picture, f'Top images of the latent for {name}, and where it looks in them')}<figcaption>{caption}</figcaption></figure>")
+    for name in ("layers", "hierarchy", "hypernyms"):
+        parts.append(f"<h2>{name.capitalize()}</h2>{html_table(record[name])}")
+    run = {**record["settings"], **record["images"], **record["versions"], **{f"seconds, {k}": v for k, v in record["seconds"].items()}}
+    settings = html_table([{"setting": key, "value": value} for key, value in run.items()])
+    parts.insert(1, f"<details open><summary>What was run</summary>{settings}<p>A stage of 0 seconds found its work done.</p></details>")
+    path.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{REPORT_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+REPORT_STYLE = """
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 56rem; margin: 1rem auto; padding: 0 1rem; color: #111; background: #fff }
+h1 { font-size: 1.5rem; line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
+figure { margin: 1.5rem 0; break-inside: avoid } figcaption { color: #444; font-size: .9rem } img { max-width: 100%; height: auto }
+.wide { overflow-x: auto } .wide img { max-width: none; width: 56rem } table { border-collapse: collapse; font-size: .85rem }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; font-variant-numeric: tabular-nums }
+td:first-child { min-width: 7rem } th { background: #f3f3f3 } summary { font-weight: bold }
+@media print { body { max-width: none } .wide { overflow: visible } .wide img { width: 100% } table { font-size: .65rem } }
+"""
+
+
+def write_results(folder: Path, title: str, note: str, record: dict, agreement, hypernyms, tree: Taxonomy, latents) -> str:
+    """Stage 4: tables as CSV, Markdown and JSON, figures, the report; returns the Markdown."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "figures").mkdir(parents=True)
+    tables = ("layers", "hierarchy", "hypernyms", "consistency", "claims")
+    for name in tables:
+        with open(part / f"{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, record[name][0])
             writer.writeheader()
             writer.writerows(record[name])
-    text = f"# {title}\n\n{note}\n\n" + "\n\n".join(
-        f"## {name.capitalize()}\n\n{markdown(record[name])}" for name in ("layers", "hierarchy", "claims")
-    )
-    (folder / "tables.md").write_text(text + "\n")
-    write_json(folder / "results.json", record)
-    draw_figures(folder / "figures", title, record["layers"], record["hierarchy"])
-    return text
+    sections = {name: f"## {name.capitalize()}\n\n{markdown(record[name])}" for name in tables if name != "consistency"}
+    (part / "tables.md").write_text(f"# {title}\n\n{note}\n\n" + "\n\n".join(sections.values()) + "\n")
+    write_json(part / "results.json", record)
+    figures = draw_figures(part / "figures", record, agreement, hypernyms, tree)
+    for row, picture in latents:
+        shutil.copy(picture, part / "figures" / f"latent_{row['wnid']}.png")
+    write_report(part / "report.html", title, note, record, figures, latents)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+    return "\n\n".join([note, *(section for name, section in sections.items() if name != "hypernyms")])
 
 
 def write_json(path: Path, content) -> None:
@@ -655,7 +927,7 @@ def run(settings: argparse.Namespace) -> None:
     seconds = {}
 
     def finished(stage):
-        seconds[stage] = round(time.time() - started - sum(seconds.values()), 1)
+        seconds[stage] = max(0.0, round(time.time() - started - sum(seconds.values()), 1))
 
     data = settings.data or os.environ.get("IMAGENET_DIR") or ("imagenet" if Path("imagenet").is_dir() else None)
     demo = data is None
@@ -680,7 +952,7 @@ def run(settings: argparse.Namespace) -> None:
     if (settings.batch_size or 1) > len(train):
         raise InputError(f"--batch-size {settings.batch_size} is above the number of training images, {len(train)}")
     identity = {
-        "data": fingerprint(train, val), "train_images": len(train), "val_images": len(val), "classes": len(classes),
+        "fingerprint": fingerprint(train, val), "train_images": len(train), "val_images": len(val), "classes": len(classes),
         "backbone": settings.backbone, "hub": settings.hub,
     }
     layers = record_tokens(settings, out, demo, train, val, identity)
@@ -692,7 +964,7 @@ def run(settings: argparse.Namespace) -> None:
         settings.expansion, settings.l1, settings.inputs, settings.epochs, batch_size, settings.lr, settings.seed
     )
     print(f"[2/4] sparse autoencoders: {settings.inputs} inputs, λ = {settings.l1}, {settings.epochs} epochs, batch {batch_size}")
-    about = {"backbone": settings.backbone, "hub": settings.hub, "data": identity["data"]}
+    about = {"backbone": settings.backbone, "hub": settings.hub, "fingerprint": identity["fingerprint"]}
     saes = train_saes(settings, out, training, layers, about)
     finished("saes")
 
@@ -700,23 +972,34 @@ def run(settings: argparse.Namespace) -> None:
     scores = [score_layer(settings, out, saes, training, tree, layer) for layer in tqdm(layers, "      layers", unit="layer")]
     finished("scores")
 
-    print("[4/4] tables and figures")
+    print("[4/4] tables, figures, report")
     by_layer = [score["layers"] for score in scores]
     hierarchy = [row for score in scores for row in score["hierarchy"]]
+    agreement, agreement_shuffled = (consistency(scores, labels) for labels in ("true", "shuffled"))
+    pairs = list(itertools.combinations(range(len(layers)), 2))
+    off_diagonal = [agreement_shuffled[a, b] for a, b in pairs if np.isfinite(agreement_shuffled[a, b])]
+    hypernyms = hypernym_rows(scores, tree)
+    chosen = named_latents(hypernyms)
+    pictures = draw_latents(settings, out, saes, demo, val, scores, chosen)
     record = {
         "settings": {**vars(settings), "data": data, "out": str(out), "batch_size": batch_size},
         "images": identity,
-        "hypernyms": int((tree.leaves[tree.hypernyms].sum(1) <= len(classes) / 2).sum()),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "huggingface_hub", "nltk", "numpy")},
+        "seconds": seconds,
+        "saes": str(saes.relative_to(out)),
         "layers": by_layer,
         "hierarchy": hierarchy,
-        "claims": check_claims(by_layer, hierarchy),
-        "seconds": seconds,
+        "hypernyms_possible": len(hypernyms),
+        "hypernyms": [row for row in hypernyms if row["classes"] >= 5] or hypernyms,
+        "consistency": [{"layer_a": layers[a], "layer_b": layers[b], "jaccard": agreement[a, b]} for a, b in pairs],
+        "agreement_shuffled": float(np.mean(off_diagonal)) if off_diagonal else math.nan,
+        "claims": check_claims(by_layer, hierarchy, agreement, hypernyms),
     }
     title = f"{settings.backbone} on {Path(data).resolve().name if not demo else 'drawn images'}, {settings.inputs} inputs"
     note = DEMO_NOTE if demo else f"{len(train):,} training and {len(val):,} validation images of {len(classes):,} classes."
-    note += f" {record['hypernyms']} hypernyms could be found."
-    print("\n" + write_results(out / "results", title, note, record))
+    note += f" {len(hypernyms)} hypernyms could be found."
+    latents = [({**row, "coverage": best_of(scores, row)["coverage"]}, pictures[row["wnid"]]) for row in chosen]
+    print("\n" + write_results(out / "results", title, note, record, agreement, hypernyms, tree, latents))
     finished("results")
     print(f"\nDone in {time.time() - started:.0f} s. Tables and figures: {out / 'results'}; SAEs: {saes}")
     if demo:

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 import reproduce
 from conftest import WNIDS, write_images
 from reproduce import (
-    DEMO_CLASSES, InputError, check_claims, demo_traits, draw, eval_transform, find_images, main, parse_layers, read_image,
+    DEMO_CLASSES, InputError, check_claims, consistency, demo_traits, draw, eval_transform, find_images, hypernym_rows, main,
+    named_latents, parse_layers, read_image,
 )
 from sae import SparseAutoencoder
 from taxonomy import Taxonomy
@@ -197,7 +199,9 @@ def test_whole_run(data, hub, capsys):
     results = json.loads(open("out/results/results.json").read())
     assert results["settings"]["seed"] == 0 and results["images"]["backbone"] == "small_vit" and results["versions"]["torch"]
     assert float(layers[1]["fvu"]) == results["layers"][1]["fvu"]
-    for name in ("tables.md", "figures/layers.png", "figures/hierarchy.png"):
+    assert list(read_csv("hypernyms")[0]) == "wnid name classes height emergence_layer best_layer best_latent match lch".split()
+    assert [(row["layer_a"], row["layer_b"]) for row in read_csv("consistency")] == [("0", "1"), ("0", "2"), ("1", "2")]
+    for name in ("tables.md", "report.html", *(f"figures/{name}.png" for name in ("layers", "hierarchy", "consistency", "emergence"))):
         assert os.path.getsize(f"out/results/{name}") > 500
     printed = capsys.readouterr().out
     assert "## Layers" in printed and "out/results" in printed
@@ -228,7 +232,9 @@ def test_no_work_is_done_twice(data, hub, monkeypatch):
         assert (snapshot("out/tokens"), snapshot("out/saes")) == (tokens, saes)
         assert open("out/results/tables.md").read() == tables
 
-        patch.setattr(reproduce, "train_sae", None)  # other scores need no training
+    with monkeypatch.context() as patch:  # other scores need neither tokens nor training
+        patch.setattr(reproduce, "record_class_tokens", None)
+        patch.setattr(reproduce, "train_sae", None)
         assert reproduce_here(data, hub, "--layers", "0,2", "--response-rate", "0.9") == 0
         assert snapshot("out/tokens") == tokens and snapshot("out/saes") != saes
     assert reproduce_here(data, hub, "--layers", "0,2", "--l1", "0.3") == 0  # other SAEs need no tokens, and lie beside the old
@@ -260,13 +266,65 @@ def test_verdicts_follow_from_the_numbers():
              "hypernyms_lch": slope * i * (labels == "true"), "hypernyms_matched": slope * i * (labels == "true")}
             for i in range(depth) for labels in ("true", "shuffled")
         ]
-        return {row["claim"] + row["statistic"]: (row["verdict"], row["p_value"]) for row in check_claims(layers, rows)}
+        agreement = 1 - 0.1 * slope * np.abs(np.subtract.outer(np.arange(depth), np.arange(depth)))
+        emerged = [{"height": 20 - i, "emergence_layer": slope * i} for i in range(depth)] + [{"height": 0, "emergence_layer": None}]
+        return [(row["verdict"], row["p_value"]) for row in check_claims(layers, rows, agreement, emerged)]
 
-    verdicts = [verdict for verdict, _ in claims(6, 1).values()]
-    assert verdicts == ["holds", "open", "contradicted"] + ["holds"] * 6
-    assert list(claims(6, 1).values())[0][1] == pytest.approx(1 / 720)
-    assert [verdict for verdict, _ in claims(6, -1).values()] == ["contradicted", "open", "holds"] + ["contradicted"] * 6
-    assert {verdict for verdict, _ in claims(3, 1).values()} == {"open"}  # too few layers to tell
+    assert [verdict for verdict, _ in claims(7, 1)] == ["holds", "open", "contradicted"] + ["holds"] * 8
+    assert claims(6, 1)[0][1] == pytest.approx(1 / 720)
+    assert [verdict for verdict, _ in claims(7, -1)] == ["contradicted", "open", "holds"] + ["contradicted"] * 8
+    assert {verdict for verdict, _ in claims(3, 1)} == {"open"}  # too few layers to tell
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hypernyms, consistency, report
+
+
+@pytest.fixture
+def three_layers():
+    """A small taxonomy, and scores as stage 3 keeps them: toy dog is matched from layer 4 on, domestic animal in 2 and 6."""
+    tree = Taxonomy.from_wnids(["n02085620", "n02085782", "n02123045", "n02690373", "n02701002", "n01440764"])
+    dog, domestic = (tree.wnids[tree.names.index(name)] for name in ("toy_dog.n.01", "domestic_animal.n.01"))
+    matches = {2: {domestic: 0.6}, 4: {dog: 0.7, domestic: 0.5}, 6: {dog: 0.9, domestic: 0.8}}
+    scores = [
+        {"layers": {"layer": layer}, "hypernyms": {"shuffled": {}, "true": {
+            wnid: {"match": match, "latent": 10 * layer, "lch": dog, "coverage": 1.0, "top_images": [0]} for wnid, match in found.items()
+        }}}
+        for layer, found in matches.items()
+    ]
+    return tree, scores
+
+
+def test_emergence(three_layers):
+    rows = {row["name"]: row for row in hypernym_rows(three_layers[1], three_layers[0])}
+    dog, domestic = rows["toy_dog.n.01"], rows["domestic_animal.n.01"]
+    assert (dog["emergence_layer"], dog["best_layer"], dog["best_latent"], dog["match"], dog["classes"]) == (4, 6, 60, 0.9, 2)
+    assert (domestic["emergence_layer"], domestic["match"], domestic["lch"]) == (2, 0.8, "toy_dog.n.01")
+    never = [row for row in rows.values() if row["emergence_layer"] is None]
+    assert len(never) == len(rows) - 2 and all(row["match"] == 0 and row["best_layer"] is None for row in never)
+    assert all(2 <= row["classes"] <= 3 for row in rows.values())  # at most half of six
+    assert [row["name"] for row in named_latents(list(rows.values()))] == ["domestic_animal.n.01"]  # one picture of one latent
+
+
+def test_consistency_is_the_jaccard_of_what_is_matched(three_layers):
+    agreement = consistency(three_layers[1], "true")
+    assert agreement.tolist() == [[1, 0, 0.5], [0, 1, 0.5], [0.5, 0.5, 1]]  # at exactly 0.5 nothing is matched
+    assert np.isnan(consistency(three_layers[1], "shuffled")).all()
+
+
+def test_report_is_one_safe_file(data, hub, tmp_path):
+    tricky = tmp_path / "<b>'\"&.d"
+    data.rename(tricky)
+    assert reproduce_here(tricky, hub) == 0
+    report = open("out/results/report.html").read()
+    assert "<b>'" not in report and "&lt;b&gt;" in report
+    sources = re.findall(r"(?:src|href|url|@import)[=( ]*[\"']?([^\"' >)]*)", report)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in report and "http" not in re.sub("data:image/png;base64,[^\"]*", "", report)
+    images = re.findall("<img [^>]*>", report)
+    assert len(images) >= 4 and all(re.search('alt="[^"]{20,}"', image) for image in images)
+    position = [report.index(heading) for heading in ("What was run", ">Claims<", ">Figures<", ">Named latents<", ">Layers<", ">Hypernyms<")]
+    assert position == sorted(position)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +424,7 @@ def test_folder_of_other_settings(capsys, data, hub):
     run = ["--data", data, "--hub", hub, "--backbone", "small_vit", "--out", "out", "--top-k", "4", "--epochs", "2"]
     refused(capsys, [*run, "--images-per-class", "5"], "made with other settings", "train_images was 48 and is now 20", "--out")
     (data / "val" / WNIDS[0] / "00.png").write_bytes((data / "val" / WNIDS[1] / "01.png").read_bytes() + b"1")
-    refused(capsys, run, "made with other settings", "data was")
+    refused(capsys, run, "made with other settings", "fingerprint was")
     assert snapshot("out") == before
 
 
