@@ -7,7 +7,8 @@ import torch
 
 import sae as sae_module
 from sae import (
-    ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training, fitting_batch_size, new_sae, schedule, train_sae,
+    ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fitting_batch_size, new_sae, schedule,
+    train_sae,
 )
 
 
@@ -28,7 +29,8 @@ def test_gradients_equal_autograd():
         sae.b_enc += 0.1 * torch.randn(40)
         sae.b_dec += 0.1 * torch.randn(12)
     x, l1 = torch.randn(50, 12, dtype=torch.float64), 0.07
-    loss = sae.loss_and_gradients(x, l1)
+    trainer = Trainer(sae, 50, "float64")
+    loss = trainer.loss_and_gradients(x, l1)
     by_hand = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
     sae.zero_grad()
     z = torch.relu(x @ sae.W_enc.T + sae.b_enc)
@@ -37,9 +39,29 @@ def test_gradients_equal_autograd():
     (reconstruction + l1 * z.abs().sum(1).mean()).backward()
     torch.testing.assert_close(loss.reconstruction, reconstruction.detach())
     torch.testing.assert_close(loss.sparsity, z.sum(1).mean().detach())
-    assert loss.l0 == (z > 0).sum() / 50
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(by_hand[name], parameter.grad)
+
+
+def test_bfloat16_gradients_are_float32s_up_to_rounding():
+    torch.manual_seed(0)
+    sae, x = SparseAutoencoder(64, 256), torch.randn(200, 64) / 8
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        loss = Trainer(sae, 200, precision).loss_and_gradients(x, 0.1)
+        assert loss.reconstruction.dtype == loss.sparsity.dtype == torch.float32
+        gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in sae.parameters()])
+        assert gradients[precision].dtype == torch.float32
+    assert (gradients["bfloat16"] - gradients["float32"]).norm() < 0.02 * gradients["float32"].norm()
+
+
+def test_bfloat16_trains_as_well_as_float32(buffer):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        settings = Training(epochs=20, batch_size=100, precision=precision)
+        train_sae(buffer, settings, progress=lambda step, steps, loss: losses.__setitem__(precision, loss))
+    assert float(losses["bfloat16"].reconstruction) == pytest.approx(float(losses["float32"].reconstruction), rel=0.02)
+    assert float(losses["bfloat16"].sparsity) == pytest.approx(float(losses["float32"].sparsity), rel=0.02)
 
 
 def test_decoder_has_unit_norm_after_every_step(buffer, monkeypatch):
