@@ -241,9 +241,11 @@ def _ranks(values) -> np.ndarray:
 def rising_trend(x, y, permutations: int = 100_000, seed: int = 0) -> Trend:
     """Does y rise with x? Spearman's rho and its one-sided permutation p-value: exact for up to 8 points.
 
-    NaN for both where x or y is constant or there are fewer than three points.
+    Points with a NaN are left out. NaN for both where x or y is constant or there are fewer than three points.
     """
-    a, b = _ranks(x) - (len(x) - 1) / 2, _ranks(y) - (len(y) - 1) / 2
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    there = np.isfinite(x) & np.isfinite(y)
+    a, b = _ranks(x[there]) - (there.sum() - 1) / 2, _ranks(y[there]) - (there.sum() - 1) / 2
     norm = float(np.sqrt((a @ a) * (b @ b)))
     if len(a) < 3 or norm == 0:
         return Trend(float("nan"), float("nan"))
@@ -251,8 +253,10 @@ def rising_trend(x, y, permutations: int = 100_000, seed: int = 0) -> Trend:
     if len(a) <= 8:
         orders = np.array(list(itertools.permutations(b)))
         return Trend(float(observed / norm), float((orders @ a >= observed - 1e-9).mean()))
-    orders = np.random.default_rng(seed).permuted(np.tile(b, (permutations, 1)), axis=1)
-    return Trend(float(observed / norm), float((1 + (orders @ a >= observed - 1e-9).sum()) / (1 + permutations)))
+    rng, larger, part = np.random.default_rng(seed), 0, permutations // 20  # in parts, for the memory
+    for _ in range(20):
+        larger += (rng.permuted(np.tile(b, (part, 1)), axis=1) @ a >= observed - 1e-9).sum()
+    return Trend(float(observed / norm), float((1 + larger) / (1 + 20 * part)))
 
 
 def agreement_trend(agreement: np.ndarray, permutations: int = 10_000, seed: int = 0) -> Trend:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy, interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -42,7 +43,9 @@ from dinov2_hooks import (
 from metrics import (
     Profile, Scores, agreement_trend, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
 )
-from sae import ActivationBuffer, SAEError, SparseAutoencoder, Training, fitting_batch_size, new_sae, train_sae
+from sae import (
+    ActivationBuffer, SAEError, SparseAutoencoder, Training, fast_precision, fitting_batch_size, new_sae, train_sae,
+)
 from taxonomy import Taxonomy, TaxonomyError
 
 IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -381,7 +384,7 @@ def make_demo(folder: Path) -> None:
     for _ in (bar := tqdm(range(DEMO_STEPS), "      the demo's ViT", unit="step")):
         labels = torch.randint(len(traits), (DEMO_BATCH,), generator=generator)
         images = normalise(draw(traits[labels], generator)[0].float() / 255)
-        loss = torch.nn.functional.cross_entropy(vit(images), labels)
+        loss = cross_entropy(vit(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -412,7 +415,9 @@ def record_tokens(settings, out: Path, demo: bool, train: Split, val: Split, ide
     folder = out / "tokens"
     known = json.loads((folder / "tokens.json").read_text()) if (folder / "tokens.json").is_file() else None
     if known is not None:
-        differing = [f"{key} was {known.get(key)} and is now {value}" for key, value in identity.items() if known.get(key) != value]
+        differing = [
+            f"{key} was {known.get(key)} and is now {value}" for key, value in identity.items() if known.get(key) != value
+        ]
         if differing:
             raise InputError(f"{out} was made with other settings ({'; '.join(differing)}): give another --out, or delete it")
     depth = known and known["depth"]
@@ -484,8 +489,9 @@ def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxon
     path = saes / f"layer_{layer:02d}" / "scores.json"
     if path.is_file() and (known := json.loads(path.read_text()))["scoring"] == scoring:
         return known
-    tokens = {split: ActivationBuffer(out / f"tokens/{split}/layer_{layer:02d}.npy", settings.device) for split in ("train", "val")}
-    labels = {split: np.load(out / f"tokens/{split}/labels.npy") for split in ("train", "val")}
+    place = {split: out / f"tokens/{split}" for split in ("train", "val")}
+    tokens = {split: ActivationBuffer(place[split] / f"layer_{layer:02d}.npy", settings.device) for split in place}
+    labels = {split: np.load(place[split] / "labels.npy") for split in place}
     sae = load_sae(saes, layer, settings.device)
     statistics = tokens["train"].statistics()
     untrained = new_sae(statistics, training).to(settings.device)
@@ -514,9 +520,8 @@ def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxon
             hierarchy.append({"layer": layer, "dictionary": name, "labels": labeling, **scores.summary()})
             if name == "sae":
                 hypernyms[labeling] = best_latents(scores, profile, tree)
-    result = {"scoring": scoring, "layers": row, "hierarchy": hierarchy, "hypernyms": hypernyms}
-    write_json(path, result)
-    return result
+    write_json(path, {"scoring": scoring, "layers": row, "hierarchy": hierarchy, "hypernyms": hypernyms})
+    return json.loads(path.read_text())  # what the next run will read
 
 
 def best_latents(scores: Scores, profile: Profile, tree: Taxonomy) -> dict:
@@ -588,10 +593,13 @@ def check_claims(layers: list[dict], hierarchy: list[dict], agreement: np.ndarra
             ("... by more than under shuffled labels", "hypernyms_matched, true - shuffled", matched - matched_shuffled),
         ]
     ]
-    tests.append(("near layers agree more than far ones", "nearness and Jaccard, over pairs of layers (Mantel)",
-                  lambda sign: agreement_trend(sign * agreement)))
-    tests.append(("beyond the paper: general hypernyms emerge earlier", f"height and -emergence_layer, over {len(emerged)} hypernyms",
-                  lambda sign: rising_trend([row["height"] for row in emerged], [-sign * row["emergence_layer"] for row in emerged])))
+    heights, emergence = ([row[key] for row in emerged] for key in ("height", "emergence_layer"))
+    tests += [
+        ("near layers agree more than far ones", "nearness and Jaccard, over pairs of layers (Mantel)",
+         lambda sign: agreement_trend(sign * agreement)),
+        ("beyond the paper: general hypernyms emerge earlier", f"height and -emergence_layer, over {len(emerged)} hypernyms",
+         lambda sign: rising_trend(heights, -sign * np.array(emergence))),
+    ]
     rows = []
     for claim, statistic, test in tests:
         trend = test(1)
@@ -605,7 +613,8 @@ def check_claims(layers: list[dict], hierarchy: list[dict], agreement: np.ndarra
 
 def best_of(scores: list[dict], row: dict) -> dict:
     """What stage 3 kept of the latent in a row of hypernyms.csv."""
-    return next(score for score in scores if score["layers"]["layer"] == row["best_layer"])["hypernyms"]["true"][row["wnid"]]
+    in_layer = next(score for score in scores if score["layers"]["layer"] == row["best_layer"])
+    return in_layer["hypernyms"]["true"][row["wnid"]]
 
 
 def named_latents(rows: list[dict], count: int = 12) -> list[dict]:
@@ -621,7 +630,7 @@ def named_latents(rows: list[dict], count: int = 12) -> list[dict]:
     return sorted(list(latents.values())[:count], key=lambda row: (-row["height"], -row["match"]))
 
 
-def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores: list[dict], chosen: list[dict]) -> dict[str, Path]:
+def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores: list[dict], chosen) -> dict[str, Path]:
     """A picture of each chosen hypernym's latent: its top images, and below them where in them it looks; by wnid.
 
     Kept beside the SAEs, which they are bound to, so that they are drawn once.
@@ -633,16 +642,17 @@ def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores
     if missing:
         model, transform = open_backbone(settings, out, demo)
         ids = np.load(out / "tokens/val/ids.npy")
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in (transform.transforms[-1].mean, transform.transforms[-1].std))
+        normalise = transform.transforms[-1]
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in (normalise.mean, normalise.std))
     for row in tqdm(missing, "      latents", unit="latent", disable=not missing):
         layer, latent = row["best_layer"], row["best_latent"]
         sae = load_sae(saes, layer, settings.device)
         tiles = [[], []]
         for i in best_of(scores, row)["top_images"][:8]:
             image = transform(read_image(val.root / val.names[ids[i]]))
-            heat = relevancy_maps(model, image[None].to(settings.device), layer, lambda x: sae.encode(x)[:, latent])[0].cpu()
-            picture = torch.nn.functional.interpolate((image * deviation + mean)[None], (112, 112), mode="bilinear", antialias=True)
-            heat = torch.nn.functional.interpolate(heat[None, None], (112, 112), mode="bilinear")
+            heat = relevancy_maps(model, image[None].to(settings.device), layer, lambda x: sae.encode(x)[:, latent]).cpu()
+            picture = interpolate((image * deviation + mean)[None], (112, 112), mode="bilinear", antialias=True)
+            heat = interpolate(heat[:, None], (112, 112), mode="bilinear")
             light = 0.2 + 0.8 * (heat / heat.max().clamp(min=1e-30)).sqrt()  # relevancy is peaked: its root shows more of it
             tiles[0].append(picture[0].clamp(0, 1))
             tiles[1].append((picture * light)[0].clamp(0, 1))
@@ -659,7 +669,7 @@ STYLES = {
 }
 
 
-def draw_figures(folder: Path, record: dict, agreement: np.ndarray, hypernyms: list[dict], tree: Taxonomy) -> dict[str, tuple[str, str]]:
+def draw_figures(folder: Path, record: dict, agreement: np.ndarray, hypernyms: list[dict], tree: Taxonomy) -> dict:
     """Draws figures/NAME.png; returns NAME -> (alt text, caption), in the order in which to read them."""
     import matplotlib
 
@@ -719,14 +729,14 @@ def draw_figures(folder: Path, record: dict, agreement: np.ndarray, hypernyms: l
     draw_taxonomy(folder / "emergence.png", hypernyms, depth, tree)
     return {
         "layers": (
-            "Four plots over layers: linear probe accuracy, reconstruction error, active latents, and accuracy against error.",
-            "How much class information the token holds, and how easy it is to auto-encode. NMSE counts the token's constant "
-            "part, FVU does not: where NMSE is far below FVU, the token is easy because it hardly changes from image to image.",
+            "Four plots by layer: linear probe accuracy, reconstruction error, active latents, accuracy against error.",
+            "How much class information the token holds, and how easy it is to auto-encode. NMSE counts the token's "
+            "constant part, FVU does not: where NMSE is far below FVU, the token hardly changes from image to image.",
         ),
         "hierarchy": (
-            "Four plots over layers of LCH height, hypernym match, and hypernyms found, for the SAE and three baselines.",
-            "If the hierarchy is there, the blue line leaves the orange one (shuffled labels). Dense units, as raw neurons and an "
-            "untrained SAE have, get a match near the largest hypernyms for nothing; the counts of hypernyms tell them apart.",
+            "Four plots by layer of LCH height, hypernym match and hypernyms found, for the SAE and three baselines.",
+            "If the hierarchy is there, the blue line leaves the orange one (shuffled labels). Dense units, as raw neurons "
+            "and an untrained SAE have, match the root or near it for nothing; the hypernyms found tell them apart.",
         ),
         "consistency": (
             "Heat map of the Jaccard similarity of the hypernyms matched in every pair of layers.",
@@ -734,9 +744,10 @@ def draw_figures(folder: Path, record: dict, agreement: np.ndarray, hypernyms: l
             + shuffled_level(record["agreement_shuffled"]),
         ),
         "emergence": (
-            "The taxonomy from large hypernyms on the left to small ones on the right, each coloured by the layer in which it emerges.",
-            "Each box is a hypernym, as tall as it has classes, its own hypernyms to its left; the colour is the first layer in which "
-            "some latent matches it. Pale boxes are matched in no layer. Hypernyms of more than half of all classes are left out.",
+            "The taxonomy from large hypernyms (left) to small ones, each coloured by the layer in which it emerges.",
+            "Each box is a hypernym, as tall as it has classes, its own hypernyms to its left; the colour is the first layer "
+            "in which some latent matches it. Pale boxes are matched in no layer. Hypernyms of more than half of all "
+            "classes are left out.",
         ),
     }
 
@@ -827,33 +838,40 @@ def write_report(path: Path, title: str, note: str, record: dict, figures: dict,
     def image(file, alt):
         return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
 
-    parts = [f"<h1>{escape(title)}</h1><p>{escape(note)}</p>"]
-    parts.append("<h2>Claims</h2><p>Each is tested on this run's numbers alone; see the README for the tests.</p>" 
-                 + html_table([{key: row[key] for key in ("claim", "verdict", "value", "p_value", "statistic")} for row in record["claims"]]))
-    parts.append("<h2>Figures</h2>")
+    def figure(picture, caption):
+        return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+    run = record["settings"] | record["images"] | record["versions"]
+    run |= {f"seconds, {stage}": seconds for stage, seconds in record["seconds"].items()}
+    verdict_first = ("claim", "verdict", "value", "p_value", "statistic")
+    parts = [
+        f"<h1>{escape(title)}</h1><p>{escape(note)}</p><details open><summary>What was run</summary>",
+        html_table([{"setting": key, "value": value} for key, value in run.items()]),
+        "<p>A stage of 0 seconds found its work done.</p></details>",
+        "<h2>Claims</h2><p>Each is tested on this run's numbers alone; see the README for the tests.</p>",
+        html_table([{key: row[key] for key in verdict_first} for row in record["claims"]]),
+        "<h2>Figures</h2>",
+    ]
     for name, (alt, caption) in figures.items():
-        wide = ' class="wide"' if name == "emergence" else ""
-        parts.append(f"<figure><div{wide}>{image(path.parent / f'figures/{name}.png', alt)}</div><figcaption>{escape(caption)}</figcaption></figure>")
+        picture = image(path.parent / f"figures/{name}.png", alt)
+        parts.append(figure(f'<div class="wide">{picture}</div>' if name == "emergence" else picture, escape(caption)))
     parts.append(
         "<h2>Named latents</h2><p>For hypernyms of all heights, the latent of any layer that matches each best: its top "
         "validation images, and below them the same lit where the latent looks (gradient-weighted attention rollout).</p>"
     )
     for row, picture in latents:
-        name = display_name(row["name"])
-        caption = (
-            f"<b>{escape(name)}</b> ({row['classes']} classes, height {row['height']}): latent {row['best_latent']} of layer "
-            f"{row['best_layer']}, match {row['match']:.2f}, coverage {row['coverage']:.2f}, LCH {escape(display_name(row['lch']))}; "
-            f"{escape(name)} emerges in layer {row['emergence_layer']}"
-        )
-        parts.append(f"<figure>{image(picture, f'Top images of the latent for {name}, and where it looks in them')}<figcaption>{caption}</figcaption></figure>")
-    for name in ("layers", "hierarchy", "hypernyms"):
-        parts.append(f"<h2>{name.capitalize()}</h2>{html_table(record[name])}")
-    run = {**record["settings"], **record["images"], **record["versions"], **{f"seconds, {k}": v for k, v in record["seconds"].items()}}
-    settings = html_table([{"setting": key, "value": value} for key, value in run.items()])
-    parts.insert(1, f"<details open><summary>What was run</summary>{settings}<p>A stage of 0 seconds found its work done.</p></details>")
+        name = escape(display_name(row["name"]))
+        parts.append(figure(
+            image(picture, f"Top images of the latent for {name}, and where it looks in them"),
+            f"<b>{name}</b> ({row['classes']} classes, height {row['height']}): latent {row['best_latent']} of layer "
+            f"{row['best_layer']}, match {row['match']:.2f}, coverage {row['coverage']:.2f}, "
+            f"LCH {escape(display_name(row['lch']))}; {name} emerges in layer {row['emergence_layer']}",
+        ))
+    parts += [f"<h2>{name.capitalize()}</h2>{html_table(record[name])}" for name in ("layers", "hierarchy", "hypernyms")]
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{REPORT_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{REPORT_STYLE}</style></head><body>{''.join(parts)}</body></html>\n",
+        encoding="utf-8",
     )
 
 
@@ -880,7 +898,7 @@ def write_results(folder: Path, title: str, note: str, record: dict, agreement, 
             writer.writeheader()
             writer.writerows(record[name])
     sections = {name: f"## {name.capitalize()}\n\n{markdown(record[name])}" for name in tables if name != "consistency"}
-    (part / "tables.md").write_text(f"# {title}\n\n{note}\n\n" + "\n\n".join(sections.values()) + "\n")
+    (part / "tables.md").write_text(f"# {title}\n\n{note}\n\n" + "\n\n".join(sections.values()) + "\n", encoding="utf-8")
     write_json(part / "results.json", record)
     figures = draw_figures(part / "figures", record, agreement, hypernyms, tree)
     for row, picture in latents:
@@ -961,9 +979,11 @@ def run(settings: argparse.Namespace) -> None:
     rows = len(np.load(out / "tokens/train/labels.npy", mmap_mode="r"))
     batch_size = settings.batch_size or fitting_batch_size(rows, settings.epochs)
     training = Training(
-        settings.expansion, settings.l1, settings.inputs, settings.epochs, batch_size, settings.lr, settings.seed
+        settings.expansion, settings.l1, settings.inputs, settings.epochs, batch_size, settings.lr, settings.seed,
+        fast_precision(settings.device),
     )
-    print(f"[2/4] sparse autoencoders: {settings.inputs} inputs, λ = {settings.l1}, {settings.epochs} epochs, batch {batch_size}")
+    print(f"[2/4] sparse autoencoders: {training.inputs} inputs, λ = {training.l1}, {training.epochs} epochs, batch "
+          f"{training.batch_size}, {training.precision}")
     about = {"backbone": settings.backbone, "hub": settings.hub, "fingerprint": identity["fingerprint"]}
     saes = train_saes(settings, out, training, layers, about)
     finished("saes")
@@ -1012,6 +1032,12 @@ def main(argv=None) -> int:
         run(settings)
     except (InputError, BackboneError, SAEError, TaxonomyError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with the stages that are done", file=sys.stderr)
+        return 130
+    except OSError as error:  # a full disk, a folder that may not be read or written
+        print(f"error: {error}; mend it and give the same command again: the stages that are done are kept", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: lower --batch-size or --expansion, choose a smaller --backbone, or give "

@@ -184,6 +184,7 @@ def test_trend_closed_forms():
     assert rising_trend(range(4), [1, 3, 2, 4]).rho == pytest.approx(1 - 6 * 2 / 60)
     # ties share their mean rank: Pearson's correlation of (0, 1, 2, 3) and (0.5, 0.5, 2, 3)
     assert rising_trend(range(4), [1, 1, 2, 4]).rho == pytest.approx(np.corrcoef([0, 1, 2, 3], [0.5, 0.5, 2, 3])[0, 1])
+    assert rising_trend(range(5), [1, math.nan, 2, 3, 4]) == rising_trend(range(4), [1, 2, 3, 4])
     for constant_or_short in ([1, 1, 1, 1], [1, 2]):
         assert all(math.isnan(value) for value in rising_trend(range(len(constant_or_short)), constant_or_short))
 

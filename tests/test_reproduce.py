@@ -436,3 +436,21 @@ def test_out_of_gpu_memory(capsys, data, hub, monkeypatch):
     refused(capsys, ["--data", data, "--hub", hub, "--backbone", "small_vit", "--out", "out", "--top-k", "4"],
             "out of GPU memory", "--batch-size", "--device cpu")
     assert len(np.load("out/tokens/train/layer_02.npy")) == 48
+
+
+def test_full_disk(capsys, data, hub, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device", "out/tokens")
+
+    monkeypatch.setattr(reproduce, "record_class_tokens", full)
+    refused(capsys, ["--data", data, "--hub", hub, "--backbone", "small_vit", "--out", "out", "--top-k", "4"],
+            "No space left on device", "same command again")
+
+
+def test_a_layer_without_a_living_latent_is_a_gap_and_no_error(data, hub):
+    assert reproduce_here(data, hub, "--inputs", "raw", "--l1", "1000", "--lr", "0.1", "--epochs", "50") == 0
+    first = open("out/results/hierarchy.csv").read()
+    rows = [row for row in read_csv("hierarchy") if row["dictionary"] == "sae"]
+    assert any(row["alive"] == "0" and row["match"] == "" for row in rows)
+    assert reproduce_here(data, hub, "--inputs", "raw", "--l1", "1000", "--lr", "0.1", "--epochs", "50") == 0
+    assert open("out/results/hierarchy.csv").read() == first
