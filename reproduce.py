@@ -785,12 +785,12 @@ def draw_taxonomy(path: Path, rows: list[dict], depth: list[int], tree: Taxonomy
         return bottom
 
     end = 0
-    for v in children[None]:
+    for v in children.get(None, []):
         end = place(v, end)
     colours = matplotlib.colormaps["viridis"]
     span = max(depth[-1] - depth[0], 1)
-    inches = max(4.0, end * 0.11 / least)
-    figure, axis = plt.subplots(figsize=(1.15 * (max(level.values()) + 1), inches + 1))
+    inches, levels = max(4.0, end * 0.11 / least), max(level.values(), default=3) + 1
+    figure, axis = plt.subplots(figsize=(1.15 * levels, inches + 1))
     axis.grid(False)
     for v, (top, bottom) in boxes.items():
         if top == bottom:  # all its classes are drawn elsewhere
@@ -803,7 +803,7 @@ def draw_taxonomy(path: Path, rows: list[dict], depth: list[int], tree: Taxonomy
             dark = layer is not None and (layer - depth[0]) / span < 0.6
             axis.text(level[v] + 0.04, (top + bottom) / 2, name if len(name) < 19 else name[:17] + "…", va="center", fontsize=7,
                       color="white" if dark else "black")
-    axis.set(xlim=(0, max(level.values()) + 1), ylim=(end, 0), yticks=[], xticks=[])
+    axis.set(xlim=(0, levels), ylim=(max(end, 1), 0), yticks=[], xticks=[])
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(depth[0], depth[0] + span), colours)
     figure.colorbar(scale, ax=axis, label="emergence layer", location="top", aspect=60, pad=0.01,
                     ticks=matplotlib.ticker.MaxNLocator(integer=True))
@@ -823,11 +823,15 @@ def cell(value) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
+    if not rows:
+        return "none"
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def html_table(rows: list[dict]) -> str:
+    if not rows:
+        return "<p>none</p>"
     head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -886,6 +890,9 @@ td:first-child { min-width: 7rem } th { background: #f3f3f3 } summary { font-wei
 """
 
 
+NO_ROWS = {"consistency": ["layer_a", "layer_b", "jaccard"], "hypernyms": ["wnid", "name"]}  # one layer; two classes
+
+
 def write_results(folder: Path, title: str, note: str, record: dict, agreement, hypernyms, tree: Taxonomy, latents) -> str:
     """Stage 4: tables as CSV, Markdown and JSON, figures, the report; returns the Markdown."""
     part = folder.with_name(folder.name + ".part")
@@ -894,7 +901,7 @@ def write_results(folder: Path, title: str, note: str, record: dict, agreement, 
     tables = ("layers", "hierarchy", "hypernyms", "consistency", "claims")
     for name in tables:
         with open(part / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, record[name][0])
+            writer = csv.DictWriter(file, record[name][0] if record[name] else NO_ROWS[name])
             writer.writeheader()
             writer.writerows(record[name])
     sections = {name: f"## {name.capitalize()}\n\n{markdown(record[name])}" for name in tables if name != "consistency"}

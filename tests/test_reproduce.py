@@ -244,6 +244,16 @@ def test_no_work_is_done_twice(data, hub, monkeypatch):
     assert [row["layer"] for row in read_csv("layers")] == ["0", "1", "2"]
 
 
+def test_one_layer_and_two_classes(data, hub):
+    for wnid in WNIDS[2:]:
+        for split in ("train", "val"):
+            shutil.rmtree(data / split / wnid)
+    assert reproduce_here(data, hub, "--layers", "last") == 0
+    assert read_csv("consistency") == read_csv("hypernyms") == []  # no pair of layers; no hypernym of at most half
+    assert [row["layer"] for row in read_csv("layers")] == ["2"] and {row["verdict"] for row in read_csv("claims")} == {"open"}
+    assert os.path.getsize("out/results/report.html") > 10_000
+
+
 def test_raw_inputs(data, hub):
     assert reproduce_here(data, hub, "--inputs", "raw") == 0
     (folder,) = os.listdir("out/saes")
