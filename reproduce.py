@@ -7,7 +7,7 @@ Four stages, each skipped where its work is already in the output folder:
     1. images -> class tokens of every asked-for layer     tokens/{train,val}/layer_NN.npy
     2. class tokens -> one sparse autoencoder a layer      saes/<settings>/layer_NN/
     3. latents -> reconstruction, probe, hierarchy         saes/<settings>/layer_NN/scores.json
-    4. scores -> tables, claims, figures                   results/
+    4. scores -> tables, claims, figures, report           results/
 """
 import argparse
 import base64
@@ -36,9 +36,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-import dinov2_hooks
 from dinov2_hooks import (
-    BackboneError, SmallViT, check_layers, eval_transform, load_backbone, record_class_tokens, relevancy_maps,
+    HUB, BackboneError, SmallViT, blocks_of, check_layers, eval_transform, load_backbone, record_class_tokens, relevancy_maps,
 )
 from metrics import (
     Profile, Scores, agreement_trend, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
@@ -83,7 +82,7 @@ def parse_settings(argv=None) -> argparse.Namespace:
         "./imagenet, else the built-in demo)")
     add("--backbone", help="entry point of the hub: dinov2_vits14, dinov2_vitb14, dinov2_vitl14, dinov2_vitg14, each "
         "also with _reg (default: dinov2_vitg14, the paper's)")
-    add("--hub", help=f"torch.hub repository, or a local folder with a hubconf.py (default: {dinov2_hooks.HUB})")
+    add("--hub", help=f"torch.hub repository, or a local folder with a hubconf.py (default: {HUB})")
     add("--out", help="output folder (default: runs/<data>-<backbone>)")
     add("--expansion", type=number(int, 1), default=8, help="SAE latents per dimension of the token (default: 8)")
     add("--l1", type=number(float, 0), default=0.1, help="λ, the weight of the latents' L1 norm (default: 0.1)")
@@ -393,16 +392,12 @@ def make_demo(folder: Path) -> None:
     save_file(vit.state_dict(), folder / "vit.safetensors")
 
 
-def load_demo_vit(folder: Path) -> SmallViT:
-    vit = SmallViT(len(DEMO_CLASSES), DEMO_SIZE)
-    vit.load_state_dict(load_file(folder / "vit.safetensors"))
-    return vit.eval().requires_grad_(False)
-
-
 def open_backbone(settings, out: Path, demo: bool):
     """The model, and the transform its images go through."""
     if demo:
-        return load_demo_vit(out).to(settings.device), eval_transform(DEMO_SIZE, DEMO_SIZE)
+        vit = SmallViT(len(DEMO_CLASSES), DEMO_SIZE)
+        vit.load_state_dict(load_file(out / "vit.safetensors"))
+        return vit.eval().requires_grad_(False).to(settings.device), eval_transform(DEMO_SIZE, DEMO_SIZE)
     return load_backbone(settings.backbone, settings.hub, settings.device), eval_transform()
 
 
@@ -426,7 +421,7 @@ def record_tokens(settings, out: Path, demo: bool, train: Split, val: Split, ide
         return parse_layers(settings.layers, depth)
 
     model, transform = open_backbone(settings, out, demo)
-    depth, width = len(dinov2_hooks.blocks_of(model)), model.cls_token.shape[-1]
+    depth, width = len(blocks_of(model)), model.cls_token.shape[-1]
     layers = parse_layers(settings.layers, depth)
     check_layers(model, layers)
     missing = [layer for layer in layers if known is None or not done(layer)]
@@ -635,8 +630,10 @@ def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores
 
     Kept beside the SAEs, which they are bound to, so that they are drawn once.
     """
+    shown = min(8, settings.top_k)
+
     def picture_of(row):
-        return saes / f"layer_{row['best_layer']:02d}" / f"latent_{row['best_latent']}.png"
+        return saes / f"layer_{row['best_layer']:02d}" / f"latent_{row['best_latent']}_top-{shown}.png"
 
     missing = [row for row in chosen if not picture_of(row).is_file()]
     if missing:
@@ -648,7 +645,7 @@ def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores
         layer, latent = row["best_layer"], row["best_latent"]
         sae = load_sae(saes, layer, settings.device)
         tiles = [[], []]
-        for i in best_of(scores, row)["top_images"][:8]:
+        for i in best_of(scores, row)["top_images"][:shown]:
             image = transform(read_image(val.root / val.names[ids[i]]))
             heat = relevancy_maps(model, image[None].to(settings.device), layer, lambda x: sae.encode(x)[:, latent]).cpu()
             picture = interpolate((image * deviation + mean)[None], (112, 112), mode="bilinear", antialias=True)
@@ -964,7 +961,7 @@ def run(settings: argparse.Namespace) -> None:
         make_demo(out)
         data, settings.backbone, settings.hub = str(out / "images"), "demo", "built in"
     else:
-        settings.backbone, settings.hub = settings.backbone or "dinov2_vitg14", settings.hub or dinov2_hooks.HUB
+        settings.backbone, settings.hub = settings.backbone or "dinov2_vitg14", settings.hub or HUB
         out = Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
         print("[1/4] images and class tokens")
     train, val, classes, remarks = find_images(data, settings.images_per_class)

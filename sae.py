@@ -278,8 +278,8 @@ def train_sae(buffer: ActivationBuffer, settings: Training, about: dict | None =
     sae = new_sae(buffer.statistics(), settings, about).to(buffer.device)
     trainer = Trainer(sae, settings.batch_size, settings.precision)
     generator = torch.Generator().manual_seed(settings.seed)
-    pools = [len(range(start, min(start + buffer.pool_rows, buffer.rows))) for start in range(0, buffer.rows, buffer.pool_rows)]
-    steps = settings.epochs * sum(rows // settings.batch_size for rows in pools)
+    pools = [min(buffer.pool_rows, buffer.rows - start) for start in range(0, buffer.rows, buffer.pool_rows)]
+    steps = settings.epochs * sum(rows // settings.batch_size for rows in pools)  # whole batches only
     step = 0
     for _ in range(settings.epochs):
         for batch in buffer.batches(settings.batch_size, generator):
