@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
@@ -138,6 +139,10 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, tags=["sparse-autoencod
         z = self.encode(x)
         return self.decode(z), z
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # in place of the mixin's own, whose full disk is a SafetensorError and no OSError
+        (save_directory / "model.safetensors").write_bytes(safetensors.torch.save(self.state_dict(), {"format": "pt"}))
+
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Make every decoder row of unit norm, without which λ‖z‖₁ could be had for nothing by a longer row."""
@@ -227,6 +232,18 @@ class Trainer:
         self.sae.normalise_decoder()
         return loss
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the next step depends on, by name: the SAE and Adam's moments; not copied."""
+        moments = self.optimizer.state_dict()["state"]  # of parameter 0, 1, ...
+        return {**self.sae.state_dict(), **{f"{key}.{i}": value for i in moments for key, value in moments[i].items()}}
+
+    def resume(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a `state`, to the very steps that would have come."""
+        self.sae.load_state_dict({name: state[name] for name in self.sae.state_dict()})
+        names = ("step", "exp_avg", "exp_avg_sq")
+        moments = {i: {name: state[f"{name}.{i}"].clone() for name in names} for i in range(len(self.parameters))}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
 
 def fast_precision(device: str) -> str:
     """"bfloat16" where the device multiplies it in hardware, several times as fast as float32; else "float32"."""
@@ -247,11 +264,13 @@ def fitting_batch_size(rows: int, epochs: int, steps: int = 1500, largest: int =
     batch_size = largest
     while batch_size > 16 and rows * epochs // batch_size < steps:
         batch_size //= 2
-    return batch_size
+    return min(batch_size, rows)
 
 
 def new_sae(statistics: Statistics, settings: Training, about: dict | None = None) -> SparseAutoencoder:
     """An untrained SAE of unit-norm random directions, W_enc = W_dec and b_dec at the mean, which `inputs` sets apart."""
+    if not np.isfinite(statistics.rms_norm):
+        raise SAEError("the class tokens are not finite")
     if statistics.rms_deviation <= 1e-6 * statistics.rms_norm:
         raise SAEError("all class tokens are the same: there is nothing to encode")
     width = len(statistics.mean)
@@ -268,10 +287,17 @@ def new_sae(statistics: Statistics, settings: Training, about: dict | None = Non
     return sae
 
 
-def train_sae(buffer: ActivationBuffer, settings: Training, about: dict | None = None, progress=None) -> SparseAutoencoder:
-    """Train one SAE on a buffer of tokens; `progress(step, steps, loss)` is called after every step.
+def train_sae(
+    buffer: ActivationBuffer, settings: Training, about: dict | None = None, progress=None, checkpoint=None, resume=None
+) -> SparseAutoencoder:
+    """Train one SAE on a buffer of tokens.
 
-    Raises SAEError where the batch is larger than the data, all tokens are the same, or the loss is not finite.
+    progress    called as progress(step, steps, loss) after every step
+    checkpoint  called after every epoch but the last with the state of the training, tensors by name (not copied)
+    resume      such a state, on any device: the training goes on from it to the SAE that it would have come to
+
+    Raises SAEError where the batch is larger than the data, all tokens are the same or not finite, or the loss or the
+    weights are not finite.
     """
     if settings.batch_size > min(buffer.rows, buffer.pool_rows):
         raise SAEError(f"--batch-size {settings.batch_size} is larger than the {buffer.rows} training images")
@@ -279,15 +305,23 @@ def train_sae(buffer: ActivationBuffer, settings: Training, about: dict | None =
     trainer = Trainer(sae, settings.batch_size, settings.precision)
     generator = torch.Generator().manual_seed(settings.seed)
     pools = [min(buffer.pool_rows, buffer.rows - start) for start in range(0, buffer.rows, buffer.pool_rows)]
-    steps = settings.epochs * sum(rows // settings.batch_size for rows in pools)  # whole batches only
-    step = 0
-    for _ in range(settings.epochs):
+    steps_per_epoch = sum(rows // settings.batch_size for rows in pools)  # whole batches only
+    step, steps = 0, settings.epochs * steps_per_epoch
+    if resume is not None:
+        trainer.resume(resume)
+        generator.set_state(resume["generator"])
+        step = int(resume["steps_done"])
+    finite = torch.full((), step, device=buffer.device)  # steps with a finite loss; counted there, as asking takes time
+    while step < steps:
         for batch in buffer.batches(settings.batch_size, generator):
             lr_factor, l1_factor = schedule(step, steps)
             loss = trainer.step(sae.normalise(batch), settings.l1 * l1_factor, settings.lr * lr_factor)
+            finite += loss.reconstruction.isfinite()
             step += 1
             if progress is not None:
                 progress(step, steps, loss)
-        if not torch.isfinite(loss.reconstruction):
-            raise SAEError(f"the loss is not finite at step {step} of {steps}: lower --lr")
+        if finite < step or not all(parameter.isfinite().all() for parameter in trainer.parameters):
+            raise SAEError(f"the loss or a weight is not finite at step {min(int(finite) + 1, step)} of {steps}: lower --lr")
+        if checkpoint is not None and step < steps:
+            checkpoint({**trainer.state(), "generator": generator.get_state(), "steps_done": torch.tensor(step)})
     return sae.eval().requires_grad_(False)

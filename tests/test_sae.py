@@ -130,6 +130,25 @@ def test_same_seed_same_weights(buffer):
     assert not torch.equal(first.W_dec, other.W_dec)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_training_comes_to_the_same_weights(buffer, precision, monkeypatch):
+    monkeypatch.setattr(sae_module, "POOL_BYTES", 300 * 2 * 12)  # three pools, in another order each epoch
+    buffer = ActivationBuffer(buffer.tokens.filename)
+    settings, states = Training(epochs=4, batch_size=64, seed=3, precision=precision), []
+
+    def keep(state):
+        states.append({name: tensor.clone() for name, tensor in state.items()})
+
+    at_once = train_sae(buffer, settings, checkpoint=keep)
+    assert len(states) == 3
+    for state in states:
+        steps = []
+        again = train_sae(buffer, settings, resume=state, progress=lambda step, total, loss: steps.append((step, total)))
+        assert all(torch.equal(a, b) for a, b in zip(at_once.state_dict().values(), again.state_dict().values()))
+        assert steps[0] == (int(state["steps_done"]) + 1, steps[-1][0]) and steps[-1][0] == steps[-1][1]
+    assert not torch.equal(states[-1]["W_dec"], at_once.W_dec)
+
+
 @pytest.mark.parametrize("pool_rows", [700, 256, 90])
 def test_buffer_batches(buffer, pool_rows, monkeypatch):
     monkeypatch.setattr(sae_module, "POOL_BYTES", pool_rows * 2 * 12)
@@ -178,8 +197,14 @@ def test_what_cannot_be_trained(tmp_path):
         train_sae(save(tmp_path, np.random.default_rng(0).normal(size=(50, 4))), Training(batch_size=64))
     with pytest.raises(SAEError, match="all class tokens are the same"):
         train_sae(save(tmp_path, np.ones((50, 4))), Training(batch_size=16))
-    with pytest.raises(SAEError, match="not finite at step"):
-        train_sae(save(tmp_path, np.random.default_rng(0).normal(size=(64, 4))), Training(batch_size=16, lr=1e30))
+    with pytest.raises(SAEError, match="the class tokens are not finite"):
+        train_sae(save(tmp_path, np.full((50, 4), np.nan)), Training(batch_size=16))
+    losses = []
+    with pytest.raises(SAEError, match="not finite at step") as error:
+        train_sae(save(tmp_path, np.random.default_rng(0).normal(size=(64, 4))), Training(batch_size=16, lr=1e30, epochs=9),
+                  progress=lambda step, steps, loss: losses.append(float(loss.reconstruction)))
+    first = 1 + next(i for i, loss in enumerate(losses) if not np.isfinite(loss))
+    assert f"at step {first} of 36" in str(error.value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
