@@ -9,8 +9,12 @@ Layer N is the output of blocks.N, 0-based, before the final norm: DINOv2's own
 (S, B, L, g; with and without registers), DINO v1 and timm's ViTs: in all of them the class token is token 0.
 """
 import ast
+import io
+import math
+import os
 import re
 import warnings
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -55,7 +59,7 @@ def load_backbone(name: str = "dinov2_vitg14", hub: str = HUB, device: str = "cp
             f"--hub {hub}: {name} could not be fetched ({error}); without internet, pass a local copy of the "
             "repository as --hub, with the weights in torch.hub's cache (README, 'Without internet')"
         ) from error
-    except Exception as error:  # the repository's own code runs here, and may raise anything
+    except (Exception, SystemExit) as error:  # the repository's own code runs here, and may raise anything
         if "Cannot find callable" in str(error):
             raise BackboneError(f"--backbone {name}: {hub} has no such model; it has {_entry_points(repo)}") from error
         package = error.name if isinstance(error, ImportError) else str(error).partition("Missing dependencies: ")[2]
@@ -132,71 +136,112 @@ def check_layers(model: nn.Module, layers) -> None:
 
 
 @torch.inference_mode()
-def record_class_tokens(model: nn.Module, batches, layers, folder, names=None) -> int:
-    """Write the class tokens of all images after all asked-for blocks to disk, in one pass; returns their number.
+def record_class_tokens(model: nn.Module, batches, layers, folder, names=None, commit=None, resume=None) -> dict[str, int]:
+    """Write the class tokens of all images after all asked-for blocks to disk, in one pass.
 
     batches  yields (images (B, 3, H, W), labels (B,), ids (B,)); an id is the image's number, for `names`
     folder   gets layer_00.npy ... of shape (N, n) in fp16, and labels.npy and ids.npy of shape (N,) in int64
     names    file names by id, for the message
+    commit   called after every batch with a function: that puts all so far on disk for good, in FILE.part, and returns
+             {file: (rows, CRC-32)}
+    resume   what such a function returned: rows after those are dropped, and batches starts behind them
 
-    On a GPU under autocast, in bf16 where it can. Raises BackboneError for a token that is not finite in fp16.
+    Returns the `checksum` of each file. On a GPU under autocast, in bf16 where it can.
+    Raises BackboneError for a model that fails on these images, for a token that is not finite in fp16, and for a .part
+    file shorter than `resume` says.
     """
     folder, layers = Path(folder), list(layers)
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
-    n = model.cls_token.shape[-1]
     fast = nullcontext()
     if device.type == "cuda":
         fast = torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    files = {f"layer_{layer:02d}": GrowingArray(folder / f"layer_{layer:02d}.npy.part", np.float16, (n,)) for layer in layers}
-    files |= {name: GrowingArray(folder / f"{name}.npy.part", np.int64, ()) for name in ("labels", "ids")}
+    kinds = {f"layer_{layer:02d}.npy": (np.float16, (model.cls_token.shape[-1],)) for layer in layers}
+    kinds |= {name: (np.int64, ()) for name in ("labels.npy", "ids.npy")}
+    files = {name: GrowingArray(folder / name, *kind, *(resume or {}).get(name, ())) for name, kind in kinds.items()}
+    sync = lambda: {name: file.sync() for name, file in files.items()}
     try:
         for images, labels, ids in batches:
-            with fast:
-                tokens = class_tokens(model, images.to(device, non_blocking=True), layers).half().cpu()  # (L, B, n)
+            try:
+                with fast:
+                    tokens = class_tokens(model, images.to(device, non_blocking=True), layers).half().cpu()  # (L, B, n)
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                shape = " x ".join(map(str, images.shape[1:]))
+                raise BackboneError(f"the backbone fails on images of {shape} ({type(error).__name__}: {error})") from error
             if not tokens.isfinite().all():
                 place, image = (~tokens.isfinite()).any(-1).nonzero()[0].tolist()
                 name = names[int(ids[image])] if names is not None else int(ids[image])
                 raise BackboneError(f"layer {layers[place]}, image {name}: the class token is not finite in fp16")
-            for layer, block in zip(layers, tokens):
-                files[f"layer_{layer:02d}"].append(block.numpy())
-            files["labels"].append(labels.numpy())
-            files["ids"].append(ids.numpy())
+            for file, rows in zip(files.values(), [*tokens, labels, ids]):
+                file.append(rows.numpy())
+            if commit is not None:
+                commit(sync)
+        sync()
     finally:
         for file in files.values():
-            file.close()
-    for name, file in files.items():  # only now: a file that bears its name is whole
-        file.path.replace(folder / f"{name}.npy")
-    return files["ids"].rows
+            file.file.close()
+    return {name: file.finish() for name, file in files.items()}  # only now: a file that bears its name is whole
 
 
 class GrowingArray:
-    """A .npy file of rows that are appended: valid at any time, for np.load(..., mmap_mode="r") too.
+    """A .npy file of rows that are appended, PATH.part until it is whole.
 
+    With `rows` and `crc`, as `sync` returned them, goes on behind the first `rows` of the .part file that is there.
     Written, not memory-mapped: on a full disk a write is an error, a store to a mapped page ends the process.
     """
 
-    def __init__(self, path, dtype, row_shape: tuple):
-        self.path, self.dtype, self.row_shape, self.rows = Path(path), np.dtype(dtype), row_shape, 0
-        self.file = open(path, "wb")
-        self._write_header()
-
-    def _write_header(self):
-        self.file.seek(0)  # numpy pads the header so that its length is the same for any number of rows
-        shape = (self.rows, *self.row_shape)
-        np.lib.format.write_array_header_1_0(
-            self.file, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        )
+    def __init__(self, path, dtype, row_shape: tuple, rows: int = 0, crc: int = 0):
+        self.path, self.part = Path(path), Path(f"{path}.part")
+        self.dtype, self.row_shape, self.rows, self.crc = np.dtype(dtype), row_shape, rows, crc
+        end = HEADER + rows * math.prod(row_shape) * self.dtype.itemsize
+        if rows and self.path.is_file() and not self.part.is_file():  # stopped while files were given their names
+            self.path.replace(self.part)
+        if rows and not (self.part.is_file() and self.part.stat().st_size >= end):
+            raise BackboneError(f"{self.part} is shorter than was recorded: delete it, and its rows are recorded anew")
+        self.file = open(self.part, "r+b" if rows else "wb")
+        self.file.truncate(end)
+        self.file.seek(end)
 
     def append(self, rows: np.ndarray) -> None:
         """rows (B, *row_shape)"""
-        self.file.seek(0, 2)
-        self.file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
-        self.rows += len(rows)
+        piece = np.ascontiguousarray(rows, self.dtype).tobytes()
+        self.file.write(piece)
+        self.rows, self.crc = self.rows + len(rows), zlib.crc32(piece, self.crc)
 
-    def close(self) -> None:
-        self._write_header()
+    def sync(self) -> tuple[int, int]:
+        """Wait until all rows, and a header for as many, are on disk; returns their number and CRC-32."""
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {
+            "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.rows, *self.row_shape),
+        })
+        self.header = header.getvalue()  # numpy pads it to one length for any number of rows
+        assert len(self.header) == HEADER
+        self.file.seek(0)
+        self.file.write(self.header)
+        self.file.seek(0, 2)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.rows, self.crc
+
+    def finish(self) -> int:
+        """Give the file its name, after a `sync`; returns its `checksum`."""
         self.file.close()
+        self.part.replace(self.path)
+        return zlib.crc32(self.header, self.crc)
+
+
+HEADER = 128  # bytes of an .npy file before its rows
+
+
+def checksum(path) -> int:
+    """CRC-32 of a file with its first 128 bytes taken last: of an .npy file that grows, the header is known last."""
+    with open(path, "rb") as file:
+        header, crc = file.read(HEADER), 0
+        while piece := file.read(1 << 24):
+            crc = zlib.crc32(piece, crc)
+    return zlib.crc32(header, crc)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

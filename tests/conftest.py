@@ -37,8 +37,12 @@ def dinov2():
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """A torch.hub repository with one small random ViT for 224 x 224 images: 3 blocks of width 16."""
-    folder = tmp_path_factory.mktemp("hub")
+    return write_hub(tmp_path_factory.mktemp("hub"))
+
+
+def write_hub(folder: Path) -> Path:
+    """A torch.hub repository with one small random ViT for 224 x 224 images, 3 blocks of width 16, and what is none."""
+    folder.mkdir(exist_ok=True)
     (folder / "hubconf.py").write_text(
         "import sys, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
@@ -46,10 +50,29 @@ def hub(tmp_path_factory):
         "def small_vit():\n"
         "    torch.manual_seed(0)\n"
         "    return SmallViT(classes=2, size=224, patch=56, width=16, depth=3, heads=2)\n"
+        "class Chunk(torch.nn.ModuleList):\n"
+        "    def forward(self, x):\n"
+        "        for block in self:\n"
+        "            x = block(x)\n"
+        "        return x\n"
+        "def chunked_vit():\n"
+        "    vit = small_vit()\n"
+        "    vit.blocks = torch.nn.ModuleList([Chunk(vit.blocks[:1]), Chunk(vit.blocks[1:])])\n"
+        "    return vit\n"
+        "def spoilt():\n"
+        "    vit = small_vit()\n"
+        "    vit.blocks[1].norm1.weight.data[3] = float('nan')\n"
+        "    return vit\n"
+        "def fails():\n"
+        "    return SmallViT(classes=2, size=96, patch=56, width=16, depth=3, heads=2)\n"
+        "def exits():\n"
+        "    sys.exit('no licence')\n"
         "def no_vit():\n"
         "    return torch.nn.Linear(2, 2)\n"
         "def needs_package():\n"
         "    import a_package_that_is_missing\n"
+        "def raises():\n"
+        "    raise RuntimeError('the weights\\nare gone')\n"
     )
     return folder
 

@@ -1,4 +1,5 @@
 """Hooks against DINOv2's own get_intermediate_layers, timm and a forward pass by hand; recording against both."""
+import os
 import sys
 import warnings
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 from dinov2_hooks import (
-    HUB, BackboneError, SmallViT, blocks_of, class_tokens, eval_transform, load_backbone, record_class_tokens, relevancy_maps,
+    HUB, BackboneError, SmallViT, blocks_of, checksum, class_tokens, eval_transform, load_backbone, record_class_tokens,
+    relevancy_maps,
 )
 
 
@@ -90,7 +92,8 @@ def test_timm_tokens_equal_its_intermediates_to_the_bit():
 
 def test_recording(vit, tmp_path):
     images = torch.randn(10, 3, 16, 16)
-    assert record_class_tokens(vit, batches(images), [0, 2], tmp_path) == 10
+    checksums = record_class_tokens(vit, batches(images), [0, 2], tmp_path)
+    assert checksums == {path.name: checksum(path) for path in tmp_path.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == {"layer_00.npy", "layer_02.npy", "labels.npy", "ids.npy"}
     for place, layer in enumerate([0, 2]):
         tokens = np.load(tmp_path / f"layer_{layer:02d}.npy", mmap_mode="r")
@@ -100,6 +103,45 @@ def test_recording(vit, tmp_path):
         assert (tokens == expected.half().numpy()).all()
     assert np.load(tmp_path / "labels.npy").tolist() == [i % 3 for i in range(10)]
     assert np.load(tmp_path / "ids.npy").tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("stop_at, committed", [(1, 1), (2, 1), (2, 2), (3, 0)])
+def test_recording_goes_on_from_the_last_commit(vit, tmp_path, stop_at, committed):
+    images = torch.randn(10, 3, 16, 16)
+    expected = record_class_tokens(vit, batches(images), [0, 2], tmp_path / "at once")
+    states = [None]
+
+    def killed():
+        for i, batch in enumerate(batches(images)):
+            if i == stop_at:  # what was written after the last commit is there, in part, and must not matter
+                raise InterruptedError
+            yield batch
+
+    if stop_at < 3:
+        with pytest.raises(InterruptedError):
+            commit = lambda sync: states.append(sync()) if len(states) <= committed else None
+            record_class_tokens(vit, killed(), [0, 2], tmp_path / "killed", commit=commit)
+        (tmp_path / "killed/layer_00.npy.part").open("ab").write(b"half a row")
+        assert not list((tmp_path / "killed").glob("*.npy"))
+    else:  # killed while the files were given their names: the last one has not got it
+        record_class_tokens(vit, batches(images), [0, 2], tmp_path / "killed", commit=lambda sync: states.append(sync()))
+        (tmp_path / "killed/ids.npy").rename(tmp_path / "killed/ids.npy.part")
+    seen = states[-1]["ids.npy"][0] if states[-1] else 0
+    assert seen == min(4 * (committed or 3), 10)
+    rest = [batch for batch in batches(images) if batch[2][0] >= seen]
+    assert record_class_tokens(vit, rest, [0, 2], tmp_path / "killed", resume=states[-1]) == expected
+    for name in expected:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
+    assert len(list((tmp_path / "killed").iterdir())) == len(expected)
+
+
+def test_a_part_that_was_cut_short_is_refused(vit, tmp_path):
+    states = []
+    record_class_tokens(vit, batches(torch.randn(8, 3, 16, 16)), [0], tmp_path, commit=lambda sync: states.append(sync()))
+    (tmp_path / "labels.npy").rename(tmp_path / "labels.npy.part")
+    os.truncate(tmp_path / "labels.npy.part", 150)
+    with pytest.raises(BackboneError, match=r"labels\.npy\.part is shorter than was recorded: delete it"):
+        record_class_tokens(vit, [], [0], tmp_path, resume=states[-1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
@@ -135,7 +177,7 @@ def test_load_backbone_from_a_local_folder(hub):
     model = load_backbone("small_vit", str(hub))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     for name, message in [
-        ("dinov2_vitx14", r"has no such model; it has needs_package, no_vit, small_vit"),
+        ("dinov2_vitx14", r"has no such model; it has chunked_vit, exits, fails, needs_package, no_vit, raises, small_vit, spoilt"),
         ("no_vit", "is no vision transformer"),
         ("needs_package", "pip install a_package_that_is_missing"),
     ]:
