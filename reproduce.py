@@ -12,32 +12,44 @@ Four stages, each skipped where its work is already in the output folder:
 import argparse
 import base64
 import csv
+import errno
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+import socket
+import stat
 import sys
 import time
-from contextlib import redirect_stdout
+import zipfile
+import zlib
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs in one output folder are not told apart
+    fcntl = None
+
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.nn.functional import cross_entropy, interpolate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dinov2_hooks import (
-    HUB, BackboneError, SmallViT, blocks_of, check_layers, eval_transform, load_backbone, record_class_tokens, relevancy_maps,
+    HUB, Attention, BackboneError, Block, SmallViT, blocks_of, checksum, class_tokens, eval_transform,
+    load_backbone, record_class_tokens, relevancy_maps,
 )
 from metrics import (
     Profile, Scores, agreement_trend, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
@@ -49,7 +61,9 @@ from taxonomy import Taxonomy, TaxonomyError
 
 IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGES_PER_STEP = 64  # through the backbone at once; ViT-g/14 then fits a card of 12 GB
+WORKERS = min(os.cpu_count() or 1, 16)  # processes that read images; one that is silent for ten minutes ends the run
 VAL_BATCH = 2048  # tokens scored at once
+COMMIT_SECONDS = 30  # how often a stage under way is put on disk; an epoch of training is not parted
 
 
 class InputError(ValueError):
@@ -97,9 +111,9 @@ def parse_settings(argv=None) -> argparse.Namespace:
     add("--images-per-class", type=number(int, 1), help="use no more training images of a class (default: all)")
     add("--skip-bad-images", action="store_true", help="list images that do not decode and go on without them")
     add("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
-    add("--seed", type=number(int, 0), default=0, help="of SAE training, probes and shuffled labels (default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of SAE training, probes and shuffled labels (default: 0)")
     settings = parser.parse_args(argv)
-    if not re.fullmatch(r"all|last|\d+(-\d+)?(,\d+(-\d+)?)*", settings.layers):
+    if not re.fullmatch(r"all|last|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", str(settings.layers)):
         parser.error(f"--layers {settings.layers}: give all, last, a range like 0-11, or a list like 3,7,11")
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; leave --device out, or give --device cpu")
@@ -113,11 +127,135 @@ def parse_layers(text: str, depth: int) -> list[int]:
         return list(range(depth)) if text == "all" else [depth - 1]
     layers = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if int(last or first) < int(first):
+        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
+        if last < first:
             raise InputError(f"--layers {text}: the range {part} is empty")
-        layers |= set(range(int(first), int(last or first) + 1))
+        if last >= depth:
+            raise InputError(f"--layers {text}: layer {last} is out of range, the backbone has layers 0 to {depth - 1}")
+        layers |= set(range(first, last + 1))
     return sorted(layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: one way to write them, one way to tell whether what is there may be used
+
+
+class Stale(InputError):
+    """A file that was made from something else than is asked for now, or that is damaged."""
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on disk for good."""
+    if os.name != "nt":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def whole(path: Path):
+    """Yields PATH.part, where a file or a folder is to be written; then, on disk for good, it takes its name."""
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield part
+    for written in [part, *part.rglob("*")]:
+        sync(written)
+    if path.is_dir():
+        shutil.rmtree(path)
+    part.replace(path)
+    sync(path.parent)
+
+
+def to_json(content) -> str:
+    """NaN becomes null."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(content), indent=1)
+
+
+def write_record(path: Path, identity: dict, **content) -> dict:
+    """Write what was made, with all that it was made from (`identity`) and a checksum; returns it as it will be read.
+
+    `files`, if given, are the `checksum`s of files beside it.
+    """
+    record = {"identity": identity, **content}
+    with whole(path) as part:
+        part.write_text(to_json({"crc32": zlib.crc32(to_json(record).encode()), **record}) + "\n")
+    return json.loads(to_json(record))
+
+
+def read_record(path: Path, identity: dict) -> dict | None:
+    """What write_record wrote, or None where there is nothing. Raises Stale if it was made from something else than
+    `identity`, or it or one of its files is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        crc = record.pop("crc32")
+    except (ValueError, KeyError, AttributeError):
+        record, crc = None, None
+    if record is None or crc != zlib.crc32(to_json(record).encode()):
+        raise Stale(f"{path} is damaged")
+    check_identity(path, record["identity"], identity)
+    for name, known in record.get("files", {}).items():
+        if not (path.parent / name).is_file() or checksum(path.parent / name) != known:
+            raise Stale(f"{path.parent / name} is damaged")
+    return record
+
+
+def check_identity(path: Path, known: dict, asked: dict) -> None:
+    asked = json.loads(to_json(asked))
+    differing = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
+    if differing:
+        changes = "; ".join(f"{key} was {known.get(key)} and is now {asked.get(key)}" for key in differing)
+        raise Stale(f"{path.parent} was made with other settings ({changes})")
+
+
+def usable(path: Path, identity: dict) -> dict | None:
+    """read_record of what can be made again for little; None, with a word why, where it has to be."""
+    try:
+        return read_record(path, identity)
+    except Stale as stale:
+        tqdm.write(f"      {stale}: it is made again")
+        return None
+
+
+def code_of(*parts) -> str:
+    """A hash over the source of functions, classes or modules (by name), comments and blank lines aside."""
+    def source(part):
+        try:
+            return inspect.getsource(sys.modules[part] if isinstance(part, str) else part)
+        except (OSError, TypeError):  # compiled, or made while running
+            return repr(part)
+
+    code = "\n".join(re.sub(r"\s*(#.*)?$", "", source(part), flags=re.M).strip() for part in parts)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def held(out: Path):
+    """One run at a time in an output folder. The lock ends with the process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read() or "another run"
+            raise InputError(f"{out} is in use by {holder}: wait for it to end, or give another --out") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,47 +273,41 @@ class Split:
     def __len__(self):
         return len(self.names)
 
-    def batches(self, transform, device: str, bad: list | None):
-        """Batches (images, labels, ids) for record_class_tokens. An image that does not decode is an InputError, or,
-        where `bad` is a list, goes there and is left out."""
-        loader = torch.utils.data.DataLoader(
-            _Decoded(self, transform), batch_size=IMAGES_PER_STEP, collate_fn=_collate, pin_memory=device == "cuda",
-            num_workers=min(os.cpu_count() or 1, 16),
+    def batches(self, transform, device: str, start: int = 0):
+        """Batches (images, labels, ids) for record_class_tokens from image `start` on, each with a list of what went
+        wrong: a sentence for an image that does not decode, an exception for one that cannot be read at all."""
+        return torch.utils.data.DataLoader(
+            _Decoded(self, transform), batch_size=IMAGES_PER_STEP, sampler=range(start, len(self)), collate_fn=_collate,
+            pin_memory=device == "cuda", num_workers=WORKERS, timeout=600 if WORKERS else 0,
         )
-        for images, labels, ids, errors in loader:
-            if errors and bad is None:
-                raise InputError(f"{errors[0]}; mend or remove the image, or leave such images out with --skip-bad-images")
-            if errors:
-                bad += errors
-            if len(ids):
-                yield images, labels, ids
 
 
 class _Decoded(torch.utils.data.Dataset):
     def __init__(self, split: Split, transform):
         self.split, self.transform = split, transform
 
-    def __len__(self):
-        return len(self.split)
-
     def __getitem__(self, i):
         path = self.split.root / self.split.names[i]
         try:
             return self.transform(read_image(path)), self.split.labels[i], i
         except Exception as error:  # Pillow raises anything from OSError to SyntaxError on a broken file
+            if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno:
+                return error  # the disk's fault, or the system's, and not the image's
             return f"{path} is no readable image ({error})"
 
 
 def _collate(items):
-    good = [item for item in items if not isinstance(item, str)]
-    errors = [item for item in items if isinstance(item, str)]
+    good = [item for item in items if isinstance(item, tuple)]
     images = torch.stack([image for image, _, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label, _ in good]), torch.tensor([i for _, _, i in good]), errors
+    wrong = [item for item in items if not isinstance(item, tuple)]
+    return images, torch.tensor([label for _, label, _ in good]), torch.tensor([i for _, _, i in good]), wrong
 
 
 def read_image(path) -> Image.Image:
     """Any image Pillow reads (grey, 16-bit, CMYK, palette, with alpha; the first frame of several) as RGB."""
     with Image.open(path) as image:
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, which the resizing would make too large for memory")
         if image.mode.startswith("I;16"):
             image = image.point(lambda value: value / 256, "L") if image.mode == "I;16" else image.convert("I")
         if "transparency" in image.info:
@@ -240,7 +372,7 @@ def images_by_class(folder: Path) -> dict[str, list[str]]:
             raise InputError(f"{entry.path} is no class: class folders are named by wnid, as n02085620; rename or move it")
         names = [
             os.path.relpath(os.path.join(at, name), folder)
-            for at, _, files in os.walk(entry.path)
+            for at, _, files in os.walk(entry.path, onerror=_raise)
             for name in files
             if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
         ]
@@ -250,19 +382,32 @@ def images_by_class(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def _raise(error: OSError):
+    raise error  # os.walk would pass over a folder that cannot be read
+
+
 def labelled_flat_images(val: Path) -> dict[str, list[str]] | None:
     """wnid -> image paths in a flat val folder, labelled by a list in or above it; None where there is no such list."""
-    labels = {}
-    for place in (val, *list(val.parents)[:4]):  # Kaggle's list lies beside ILSVRC/Data/CLS-LOC/val's ILSVRC
-        if (place / "LOC_val_solution.csv").is_file():  # ImageId,PredictionString: the latter wnid x y w h, repeated
-            with open(place / "LOC_val_solution.csv", newline="") as file:
-                labels = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        elif (place / "val_annotations.txt").is_file():  # name <tab> wnid <tab> box
-            rows = [line.split("\t") for line in (place / "val_annotations.txt").read_text().splitlines()]
-            labels = {Path(row[0]).stem: row[1] for row in rows}
-    folder = val / "images" if (val / "images").is_dir() else val
-    if not labels or any(re.fullmatch(r"n\d{8}", entry.name) for entry in os.scandir(val)):
+    if any(re.fullmatch(r"n\d{8}", entry.name) for entry in os.scandir(val)):
         return None
+    places = (val, *list(val.parents)[:4])  # Kaggle's list lies beside ILSVRC/Data/CLS-LOC/val's ILSVRC
+    lists = [place / name for place in places for name in ("LOC_val_solution.csv", "val_annotations.txt")]
+    listed = next((path for path in lists if path.is_file()), None)
+    if listed is None:
+        return None
+    try:
+        with open(listed, newline="") as file:
+            if listed.suffix == ".csv":  # ImageId,PredictionString: the latter wnid x y w h, repeated
+                pairs = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)]
+            else:  # name <tab> wnid <tab> box
+                pairs = [(Path(row[0]).stem, row[1]) for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    except (KeyError, IndexError, AttributeError, ValueError, csv.Error) as error:
+        raise InputError(f"{listed} is no list of validation labels, an image and its wnid in each line") from error
+    labels = {}
+    for name, wnid in pairs:
+        if labels.setdefault(name, wnid) != wnid:
+            raise InputError(f"{listed} gives {name} two classes, {labels[name]} and {wnid}")
+    folder = val / "images" if (val / "images").is_dir() else val
     found = {}
     for name in sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)):
         if Path(name).stem not in labels:
@@ -276,7 +421,10 @@ def fingerprint(*splits: Split) -> str:
     digest = hashlib.sha256()
     for split in splits:
         for name, label in zip(split.names, split.labels):
-            digest.update(f"{name}\0{label}\0{os.stat(split.root / name).st_size}\n".encode(errors="surrogateescape"))
+            about = os.stat(split.root / name)
+            if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
+                raise InputError(f"{split.root / name} is no file: remove it, or give it another ending")
+            digest.update(f"{name}\0{label}\0{about.st_size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -290,6 +438,7 @@ DEMO_CLASSES = (  # 30 ImageNet classes from several branches of WordNet
     "n02676566 n02787622 n02992211 n03110669 n03372029 n03394916 "  # stringed and wind instruments
     "n07747607 n07753113 n07753592 n12998815 n13037406 n13040303"  # fruit, fungi
 ).split()
+DEMO_HUB = "built in"
 DEMO_KINDS = 5  # of traits: hue, shape, texture, rim, mark
 DEMO_SIZE, DEMO_TRAIN, DEMO_VAL = 32, 150, 50  # pixels a side, images a class
 DEMO_STEPS, DEMO_BATCH = 500, 64  # of the ViT's training, on images drawn anew for each step
@@ -364,7 +513,9 @@ def draw(traits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
 
 def make_demo(folder: Path) -> None:
     """Draw the demo's train/ and val/ and train its ViT on images drawn likewise, unless all of it is there."""
-    if (folder / "vit.safetensors").is_file():  # written last
+    constants = {name: value for name, value in globals().items() if name.startswith("DEMO_") and name != "DEMO_NOTE"}
+    identity = {**constants, "code": code_of(demo_traits, draw, make_demo, SmallViT, Block, Attention)}
+    if read_record(folder / "demo.json", identity):
         return
     tree = Taxonomy.from_wnids(DEMO_CLASSES)
     traits = demo_traits(tree)
@@ -389,12 +540,14 @@ def make_demo(folder: Path) -> None:
         optimizer.step()
         warm_up.step()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    save_file(vit.state_dict(), folder / "vit.safetensors")
+    with whole(folder / "vit.safetensors") as part:
+        part.write_bytes(save(vit.state_dict()))
+    write_record(folder / "demo.json", identity, files={"vit.safetensors": checksum(folder / "vit.safetensors")})
 
 
-def open_backbone(settings, out: Path, demo: bool):
+def open_backbone(settings, out: Path):
     """The model, and the transform its images go through."""
-    if demo:
+    if settings.hub == DEMO_HUB:
         vit = SmallViT(len(DEMO_CLASSES), DEMO_SIZE)
         vit.load_state_dict(load_file(out / "vit.safetensors"))
         return vit.eval().requires_grad_(False).to(settings.device), eval_transform(DEMO_SIZE, DEMO_SIZE)
@@ -405,102 +558,180 @@ def open_backbone(settings, out: Path, demo: bool):
 # stages
 
 
-def record_tokens(settings, out: Path, demo: bool, train: Split, val: Split, identity: dict) -> list[int]:
-    """Stage 1: the class tokens of all asked-for layers, in one pass a split; returns the layers."""
+def identify(model, transform, backbone: str) -> dict:
+    """What class tokens are made from, besides images: weights, transform, code."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    kinds = sorted({type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}, key=str)
+    return {
+        "backbone": backbone, "weights": weights.hexdigest()[:16], "transform": str(transform),
+        "code": code_of(class_tokens, blocks_of, record_class_tokens, read_image), "backbone_code": code_of(*kinds),
+    }
+
+
+def layer_name(layer: int) -> str:
+    return f"layer_{layer:02d}"
+
+
+def record_tokens(settings, out: Path, model, transform, splits: dict[str, Split], layers: list[int], identity: dict) -> dict:
+    """Stage 1: the class tokens of all asked-for layers, in one pass a split. Returns their checksums by file, as
+    "train/layer_00.npy", and what it left out of each split."""
     folder = out / "tokens"
-    known = json.loads((folder / "tokens.json").read_text()) if (folder / "tokens.json").is_file() else None
-    if known is not None:
-        differing = [
-            f"{key} was {known.get(key)} and is now {value}" for key, value in identity.items() if known.get(key) != value
-        ]
-        if differing:
-            raise InputError(f"{out} was made with other settings ({'; '.join(differing)}): give another --out, or delete it")
-    depth = known and known["depth"]
-    done = lambda layer: all((folder / split / f"layer_{layer:02d}.npy").is_file() for split in ("train", "val"))
-    if known and all(layer < depth and done(layer) for layer in parse_layers(settings.layers, depth)):
-        return parse_layers(settings.layers, depth)
-
-    model, transform = open_backbone(settings, out, demo)
-    depth, width = len(blocks_of(model)), model.cls_token.shape[-1]
-    layers = parse_layers(settings.layers, depth)
-    check_layers(model, layers)
-    missing = [layer for layer in layers if known is None or not done(layer)]
-    tokens = len(missing) * (len(train) + len(val)) * width * 2
-    saes = len(layers) * 2 * settings.expansion * width**2 * 4
-    free = shutil.disk_usage(next(place for place in (out, *out.resolve().parents) if place.exists())).free
-    if tokens + saes > free:
-        raise InputError(
-            f"not enough disk: {size(tokens)} of class tokens and {size(saes)} of SAEs are to go to {out}, where "
-            f"{size(free)} are free; choose another --out, fewer --layers or a lower --images-per-class"
-        )
-    print(f"      {len(missing)} layers of width {width}, {size(tokens)} of fp16 on disk")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "tokens.json", {**identity, "depth": depth, "width": width})
-    bad = [] if settings.skip_bad_images else None
-    for name, split in [("train", train), ("val", val)]:
-        with tqdm(total=len(split), desc=f"      {name}", unit="image") as bar:
-
-            def batches():
-                for batch in split.batches(transform, settings.device, bad):
-                    yield batch
-                    bar.update(len(batch[2]))
-
-            record_class_tokens(model, batches(), missing, folder / name, split.names)
-    if bad:
-        print(f"      left out {len(bad)} images that do not decode:", *bad, sep="\n        ")
-    return layers
+    record = read_record(folder / "tokens.json", identity) or {"tokens": {}, "left_out": {}}
+    for name, split in splits.items():
+        there = lambda file: f"{name}/{file}" in record["tokens"] and (folder / name / file).is_file()
+        missing = [n for n in layers if not all(map(there, (f"{layer_name(n)}.npy", "labels.npy", "ids.npy")))]
+        if missing:
+            written, left_out = record_split(settings, folder / name, model, transform, split, missing, identity)
+            if record["left_out"].setdefault(name, left_out) != left_out:
+                raise InputError(f"other images of {split.root} decode now than when the tokens in {folder} were recorded: "
+                                 "restore them, or give another --out")
+            record["tokens"] |= {f"{name}/{file}": crc for file, crc in written.items()}
+            record = write_record(folder / "tokens.json", identity, tokens=record["tokens"], left_out=record["left_out"])
+            (folder / name / "pass.json").unlink(missing_ok=True)
+    return record
 
 
-def train_saes(settings, out: Path, training: Training, layers: list[int], about: dict) -> Path:
-    """Stage 2: one SAE a layer; returns the folder they are in, which is named by what they were trained with."""
-    folder = out / "saes" / "_".join(f"{key}-{value}" for key, value in asdict(training).items())
-    missing = [layer for layer in layers if not (folder / f"layer_{layer:02d}" / "model.safetensors").is_file()]
+def record_split(settings, folder: Path, model, transform, split: Split, layers: list[int], identity: dict):
+    """One pass over a split, or the rest of one; returns checksums by file, and what is wrong with the images left out."""
+    identity = {**identity, "layers": layers, "device": settings.device}
+    state = usable(folder / "pass.json", identity) or {"seen": 0, "left_out": [], "written": None}
+    seen, left_out, committed = state["seen"], state["left_out"], time.monotonic()
+
+    def batches():
+        nonlocal seen
+        for images, labels, ids, wrong in split.batches(transform, settings.device, seen):
+            for error in wrong:
+                if isinstance(error, Exception):
+                    raise error
+                if not settings.skip_bad_images:
+                    raise InputError(f"{error}; mend or remove the image, or leave such images out with --skip-bad-images")
+            left_out.extend(wrong)
+            seen += len(ids) + len(wrong)
+            bar.update(seen - bar.n)
+            if len(ids):
+                yield images, labels, ids
+
+    def commit(written):
+        nonlocal committed
+        if time.monotonic() - committed >= COMMIT_SECONDS:
+            write_record(folder / "pass.json", identity, seen=seen, left_out=left_out, written=written())
+            committed = time.monotonic()
+
+    with tqdm(total=len(split), initial=seen, desc=f"      {folder.name}", unit="image") as bar:
+        checksums = record_class_tokens(model, batches(), layers, folder, split.names, commit, state["written"])
+    if len(left_out) == len(split):
+        raise InputError(f"none of the {len(split)} images of {split.root} decodes; the first: {left_out[0]}")
+    if left_out:
+        print(f"      left out {len(left_out)} images that do not decode:", *left_out, sep="\n        ")
+    sync(folder)
+    return checksums, left_out
+
+
+def intact(out: Path, recorded: dict, file: str) -> Path:
+    """The path of a recorded file, as "train/layer_00.npy", after a look at whether it still is what was recorded."""
+    path = out / "tokens" / file
+    if checksum(path) != recorded["tokens"][file]:
+        raise InputError(f"{path} is damaged: delete it, and the same command records it anew")
+    return path
+
+
+def saes_folder(out: Path, training: Training) -> Path:
+    return out / "saes" / "_".join(f"{key}-{value}" for key, value in asdict(training).items())
+
+
+def train_saes(settings, out: Path, training: Training, layers: list[int], about: dict, recorded: dict) -> dict[int, Path]:
+    """Stage 2: one SAE a layer; returns their folders by layer, which are named by what the SAEs were trained with."""
+    parent = saes_folder(out, training)
+    folders = {layer: parent / layer_name(layer) for layer in layers}
+    identities = {
+        layer: {**asdict(training), "layer": layer, "tokens": recorded["tokens"][f"train/{layer_name(layer)}.npy"],
+                "code": code_of("sae")}
+        for layer in layers
+    }
+    missing = [layer for layer in layers if not usable(folders[layer] / "sae.json", identities[layer])]
     with tqdm(total=0, unit="step", disable=not missing) as bar:
         for place, layer in enumerate(missing):
             bar.set_description(f"      layer {layer}")
+            saved, committed = parent / f"{layer_name(layer)}_training.npz", time.monotonic()
 
             def progress(step, steps, loss):
                 bar.total = steps * len(missing)
-                bar.update()
+                bar.update(steps * place + step - bar.n)
 
-            buffer = ActivationBuffer(out / f"tokens/train/layer_{layer:02d}.npy", settings.device)
+            def checkpoint(state):
+                nonlocal committed
+                if time.monotonic() - committed >= COMMIT_SECONDS:
+                    write_arrays(saved, identities[layer], {name: tensor.cpu().numpy() for name, tensor in state.items()})
+                    committed = time.monotonic()
+
+            state = read_arrays(saved, identities[layer])
+            state = state and {name: torch.from_numpy(array) for name, array in state.items()}
+            buffer = ActivationBuffer(intact(out, recorded, f"train/{layer_name(layer)}.npy"), settings.device)
             try:
-                sae = train_sae(buffer, training, {**about, **asdict(training), "layer": layer}, progress)
+                sae = train_sae(buffer, training, {**about, **asdict(training), "layer": layer}, progress, checkpoint, state)
             except SAEError as error:
                 raise InputError(f"layer {layer}: {error}") from error
-            sae.cpu().save_pretrained(folder / f"layer_{layer:02d}.part")
-            (folder / f"layer_{layer:02d}.part").replace(folder / f"layer_{layer:02d}")
-    return folder
+            with whole(folders[layer]) as part:
+                sae.cpu().save_pretrained(part)
+                files = {path.name: checksum(path) for path in part.iterdir()}
+                write_record(part / "sae.json", identities[layer], files=files)
+            saved.unlink(missing_ok=True)
+    return folders
 
 
-def load_sae(saes: Path, layer: int, device: str) -> SparseAutoencoder:
+def write_arrays(path: Path, identity: dict, arrays: dict[str, np.ndarray]) -> None:
+    """An .npz, which has a checksum of each of its arrays."""
+    with whole(path) as part, open(part, "wb") as file:
+        np.savez(file, identity=np.array(to_json(identity)), **arrays)
+
+
+def read_arrays(path: Path, identity: dict) -> dict[str, np.ndarray] | None:
+    """What write_arrays wrote; None where there is nothing, or, with a word, nothing of use."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        check_identity(path, json.loads(str(arrays.pop("identity"))), identity)
+        return arrays
+    except Stale as stale:
+        tqdm.write(f"      {stale}: its training starts anew")
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        tqdm.write(f"      {path} is damaged ({error}): its training starts anew")
+
+
+def load_sae(folder: Path, device: str) -> SparseAutoencoder:
     with redirect_stdout(None):  # from_pretrained prints
-        return SparseAutoencoder.from_pretrained(saes / f"layer_{layer:02d}").to(device)
+        return SparseAutoencoder.from_pretrained(folder).to(device)
 
 
-def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxonomy, layer: int) -> dict:
+def score_layer(settings, out: Path, folder: Path, training: Training, tree: Taxonomy, layer: int, recorded: dict) -> dict:
     """Stage 3 for one layer: its row of layers.csv, its rows of hierarchy.csv, and every hypernym's best latent."""
-    scoring = {"top_k": settings.top_k, "response_rate": settings.response_rate}
-    path = saes / f"layer_{layer:02d}" / "scores.json"
-    if path.is_file() and (known := json.loads(path.read_text()))["scoring"] == scoring:
+    used = {split: [f"{split}/{file}.npy" for file in (layer_name(layer), "labels")] for split in ("train", "val")}
+    tokens_used = {"tokens": [recorded["tokens"][file] for files in used.values() for file in files], "seed": settings.seed}
+    identity = tokens_used | {
+        "top_k": settings.top_k, "response_rate": settings.response_rate, "sae": checksum(folder / "model.safetensors"),
+        "taxonomy": zlib.crc32(np.packbits(tree.leaves).tobytes()),
+        "code": code_of("metrics", "taxonomy", "sae", score_layer, best_latents),
+    }
+    if known := usable(folder / "scores.json", identity):
         return known
-    place = {split: out / f"tokens/{split}" for split in ("train", "val")}
-    tokens = {split: ActivationBuffer(place[split] / f"layer_{layer:02d}.npy", settings.device) for split in place}
-    labels = {split: np.load(place[split] / "labels.npy") for split in place}
-    sae = load_sae(saes, layer, settings.device)
+    tokens = {split: ActivationBuffer(intact(out, recorded, files[0]), settings.device) for split, files in used.items()}
+    labels = {split: np.load(intact(out, recorded, files[1])) for split, files in used.items()}
+    sae = load_sae(folder, settings.device)
     statistics = tokens["train"].statistics()
     untrained = new_sae(statistics, training).to(settings.device)
     mean = statistics.mean.float().to(settings.device)
     shuffled = np.random.default_rng(settings.seed).permutation(labels["val"])
 
-    probes = out / f"tokens/probe_seed-{settings.seed}.json"  # a probe does not depend on the SAE
-    accuracy = json.loads(probes.read_text()) if probes.is_file() else {}
-    if str(layer) not in accuracy:
-        accuracy[str(layer)] = linear_probe(
-            tokens["train"].tokens, labels["train"], tokens["val"].tokens, labels["val"], settings.device, settings.seed
-        )
-        write_json(probes, accuracy)
-    row = {"layer": layer, "width": len(mean), "gamma": statistics.gamma, "probe_top1": accuracy[str(layer)]}
+    probe_file = out / f"tokens/probes/{layer_name(layer)}_seed-{settings.seed}.json"  # a probe does not depend on the SAE
+    probe_made_from = {**tokens_used, "code": code_of(linear_probe)}
+    probe = usable(probe_file, probe_made_from) or write_record(probe_file, probe_made_from, top1=linear_probe(
+        tokens["train"].tokens, labels["train"], tokens["val"].tokens, labels["val"], settings.device, settings.seed
+    ))
+    row = {"layer": layer, "width": len(mean), "gamma": statistics.gamma, "probe_top1": probe["top1"]}
     row |= reconstruction(sae, tokens["val"].batches(VAL_BATCH))._asdict()
     hierarchy, hypernyms = [], {}
     for name, encode, labelings in [
@@ -515,8 +746,7 @@ def score_layer(settings, out: Path, saes: Path, training: Training, tree: Taxon
             hierarchy.append({"layer": layer, "dictionary": name, "labels": labeling, **scores.summary()})
             if name == "sae":
                 hypernyms[labeling] = best_latents(scores, profile, tree)
-    write_json(path, {"scoring": scoring, "layers": row, "hierarchy": hierarchy, "hypernyms": hypernyms})
-    return json.loads(path.read_text())  # what the next run will read
+    return write_record(folder / "scores.json", identity, layers=row, hierarchy=hierarchy, hypernyms=hypernyms)
 
 
 def best_latents(scores: Scores, profile: Profile, tree: Taxonomy) -> dict:
@@ -625,25 +855,25 @@ def named_latents(rows: list[dict], count: int = 12) -> list[dict]:
     return sorted(list(latents.values())[:count], key=lambda row: (-row["height"], -row["match"]))
 
 
-def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores: list[dict], chosen) -> dict[str, Path]:
+def draw_latents(settings, out: Path, saes: dict, recorded: dict, val: Split, scores: list[dict], chosen) -> dict[str, Path]:
     """A picture of each chosen hypernym's latent: its top images, and below them where in them it looks; by wnid.
 
     Kept beside the SAEs, which they are bound to, so that they are drawn once.
     """
-    shown = min(8, settings.top_k)
+    shown, code = min(8, settings.top_k), code_of(draw_latents, relevancy_maps)
 
     def picture_of(row):
-        return saes / f"layer_{row['best_layer']:02d}" / f"latent_{row['best_latent']}_top-{shown}.png"
+        return saes[row["best_layer"]] / f"latent_{row['best_latent']}_top-{shown}_{code}.png"
 
     missing = [row for row in chosen if not picture_of(row).is_file()]
     if missing:
-        model, transform = open_backbone(settings, out, demo)
-        ids = np.load(out / "tokens/val/ids.npy")
+        model, transform = open_backbone(settings, out)
+        ids = np.load(intact(out, recorded, "val/ids.npy"))
         normalise = transform.transforms[-1]
         mean, deviation = (torch.tensor(values)[:, None, None] for values in (normalise.mean, normalise.std))
     for row in tqdm(missing, "      latents", unit="latent", disable=not missing):
         layer, latent = row["best_layer"], row["best_latent"]
-        sae = load_sae(saes, layer, settings.device)
+        sae = load_sae(saes[layer], settings.device)
         tiles = [[], []]
         for i in best_of(scores, row)["top_images"][:shown]:
             image = transform(read_image(val.root / val.names[ids[i]]))
@@ -653,7 +883,8 @@ def draw_latents(settings, out: Path, saes: Path, demo: bool, val: Split, scores
             light = 0.2 + 0.8 * (heat / heat.max().clamp(min=1e-30)).sqrt()  # relevancy is peaked: its root shows more of it
             tiles[0].append(picture[0].clamp(0, 1))
             tiles[1].append((picture * light)[0].clamp(0, 1))
-        save_image(make_grid(tiles[0] + tiles[1], nrow=len(tiles[0]), pad_value=1), picture_of(row))
+        with whole(picture_of(row)) as part:
+            save_image(make_grid(tiles[0] + tiles[1], nrow=len(tiles[0]), pad_value=1), part, format="png")
     return {row["wnid"]: picture_of(row) for row in chosen}
 
 
@@ -842,7 +1073,7 @@ def write_report(path: Path, title: str, note: str, record: dict, figures: dict,
     def figure(picture, caption):
         return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
-    run = record["settings"] | record["images"] | record["versions"]
+    run = record["settings"] | record["made_from"] | record["versions"]
     run |= {f"seconds, {stage}": seconds for stage, seconds in record["seconds"].items()}
     verdict_first = ("claim", "verdict", "value", "p_value", "statistic")
     parts = [
@@ -872,7 +1103,7 @@ def write_report(path: Path, title: str, note: str, record: dict, figures: dict,
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{REPORT_STYLE}</style></head><body>{''.join(parts)}</body></html>\n",
-        encoding="utf-8",
+        encoding="utf-8", errors="backslashreplace",
     )
 
 
@@ -887,44 +1118,28 @@ td:first-child { min-width: 7rem } th { background: #f3f3f3 } summary { font-wei
 """
 
 
+TABLES = ("layers", "hierarchy", "hypernyms", "consistency", "claims")
 NO_ROWS = {"consistency": ["layer_a", "layer_b", "jaccard"], "hypernyms": ["wnid", "name"]}  # one layer; two classes
 
 
 def write_results(folder: Path, title: str, note: str, record: dict, agreement, hypernyms, tree: Taxonomy, latents) -> str:
     """Stage 4: tables as CSV, Markdown and JSON, figures, the report; returns the Markdown."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "figures").mkdir(parents=True)
-    tables = ("layers", "hierarchy", "hypernyms", "consistency", "claims")
-    for name in tables:
-        with open(part / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, record[name][0] if record[name] else NO_ROWS[name])
-            writer.writeheader()
-            writer.writerows(record[name])
-    sections = {name: f"## {name.capitalize()}\n\n{markdown(record[name])}" for name in tables if name != "consistency"}
-    (part / "tables.md").write_text(f"# {title}\n\n{note}\n\n" + "\n\n".join(sections.values()) + "\n", encoding="utf-8")
-    write_json(part / "results.json", record)
-    figures = draw_figures(part / "figures", record, agreement, hypernyms, tree)
-    for row, picture in latents:
-        shutil.copy(picture, part / "figures" / f"latent_{row['wnid']}.png")
-    write_report(part / "report.html", title, note, record, figures, latents)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    sections = {name: f"## {name.capitalize()}\n\n{markdown(record[name])}" for name in TABLES if name != "consistency"}
+    with whole(folder) as part:
+        (part / "figures").mkdir(parents=True)
+        for name in TABLES:
+            with open(part / f"{name}.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, record[name][0] if record[name] else NO_ROWS[name])
+                writer.writeheader()
+                writer.writerows(record[name])
+        tables = f"# {title}\n\n{note}\n\n" + "\n\n".join(sections.values()) + "\n"
+        (part / "tables.md").write_text(tables, encoding="utf-8", errors="backslashreplace")
+        (part / "results.json").write_text(to_json(record) + "\n")
+        figures = draw_figures(part / "figures", record, agreement, hypernyms, tree)
+        for row, picture in latents:
+            shutil.copy(picture, part / "figures" / f"latent_{row['wnid']}.png")
+        write_report(part / "report.html", title, note, record, figures, latents)
     return "\n\n".join([note, *(section for name, section in sections.items() if name != "hypernyms")])
-
-
-def write_json(path: Path, content) -> None:
-    """Write through a temporary file, so that a file that is there is whole; NaN becomes null."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain(content), indent=1) + "\n")
-    part.replace(path)
 
 
 def size(count: float) -> str:
@@ -944,6 +1159,50 @@ DEMO_NOTE = (
 )
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, file size limit
+
+
+@contextmanager
+def room(out: Path, needed: dict[str, int]):
+    """A disk too full for the bytes `needed`, by part, is an InputError: beforehand where it can be told, else when it is."""
+    parts = ", ".join(f"{size(count)} of {name}" for name, count in needed.items() if count)
+    free = shutil.disk_usage(next(place for place in (out, *out.resolve().parents) if place.exists())).free
+    if sum(needed.values()) > free:
+        raise InputError(f"not enough disk: {parts} are to go to {out}, where {size(free)} are free; make room there, "
+                         "choose another --out, fewer --layers or a lower --images-per-class")
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(f"the disk is full ({error}): {parts} were to go to {out} when this run began; make room there "
+                         "and give the same command again, which goes on from here") from error
+
+
+def disk_needed(out: Path, training: Training, splits: dict[str, Split], layers: list[int], width: int) -> dict[str, int]:
+    """Bytes that are still to be written to the output folder, by part."""
+    tokens = {
+        out / f"tokens/{name}/{layer_name(layer)}.npy": 128 + 2 * width * len(split)
+        for name, split in splits.items() for layer in layers
+    }
+    there = sum(path.stat().st_size for whole in tokens for path in (whole, Path(f"{whole}.part")) if path.is_file())
+    latents = training.expansion * width
+    sae = 4 * (2 * latents * width + latents + 2 * width)  # and Adam holds two more of each number
+    missing = sum(not (saes_folder(out, training) / layer_name(layer)).is_dir() for layer in layers)
+    return {
+        "class tokens": max(0, sum(tokens.values()) - there), "SAEs": missing * sae,
+        "an SAE's training state": 3 * sae * (missing > 0), "tables and figures": 15_000_000,
+    }
+
+
+def training_of(settings, rows: int) -> Training:
+    batch_size = settings.batch_size or fitting_batch_size(rows, settings.epochs)
+    return Training(
+        settings.expansion, settings.l1, settings.inputs, settings.epochs, batch_size, settings.lr, settings.seed,
+        fast_precision(settings.device),
+    )
+
+
 def run(settings: argparse.Namespace) -> None:
     started = time.time()
     seconds = {}
@@ -953,101 +1212,118 @@ def run(settings: argparse.Namespace) -> None:
 
     data = settings.data or os.environ.get("IMAGENET_DIR") or ("imagenet" if Path("imagenet").is_dir() else None)
     demo = data is None
-    if demo:
-        if settings.backbone or settings.hub:
-            raise InputError("--backbone and --hub need images: give --data (the built-in demo brings its own ViT)")
-        out = Path(settings.out or "runs/demo")
-        print(f"{DEMO_NOTE}\n\n[1/4] images, ViT and class tokens")
-        make_demo(out)
-        data, settings.backbone, settings.hub = str(out / "images"), "demo", "built in"
-    else:
-        settings.backbone, settings.hub = settings.backbone or "dinov2_vitg14", settings.hub or HUB
-        out = Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
-        print("[1/4] images and class tokens")
-    train, val, classes, remarks = find_images(data, settings.images_per_class)
-    tree = Taxonomy.from_wnids(classes)
-    print(f"      {data}: {len(train):,} training and {len(val):,} validation images of {len(classes):,} classes")
-    for remark in remarks:
-        print(f"      {remark}")
-    if settings.top_k > len(val):
-        raise InputError(f"--top-k {settings.top_k} is above the number of validation images, {len(val)}")
-    if (settings.batch_size or 1) > len(train):
-        raise InputError(f"--batch-size {settings.batch_size} is above the number of training images, {len(train)}")
-    identity = {
-        "fingerprint": fingerprint(train, val), "train_images": len(train), "val_images": len(val), "classes": len(classes),
-        "backbone": settings.backbone, "hub": settings.hub,
-    }
-    layers = record_tokens(settings, out, demo, train, val, identity)
-    finished("tokens")
+    with ExitStack() as stack:
+        if demo:
+            if settings.backbone or settings.hub:
+                raise InputError("--backbone and --hub need images: give --data (the built-in demo brings its own ViT)")
+            out = Path(settings.out or "runs/demo")
+            print(f"{DEMO_NOTE}\n\n[1/4] images, ViT and class tokens")
+            stack.enter_context(room(out, {"the demo": 60_000_000}))
+            stack.enter_context(held(out))
+            make_demo(out)
+            data, settings.backbone, settings.hub = str(out / "images"), "demo", DEMO_HUB
+        else:
+            settings.backbone, settings.hub = settings.backbone or "dinov2_vitg14", settings.hub or HUB
+            out = Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
+            print("[1/4] images and class tokens")
+        train, val, classes, remarks = find_images(data, settings.images_per_class)
+        splits = {"train": train, "val": val}
+        tree = Taxonomy.from_wnids(classes)
+        print(f"      {data}: {len(train):,} training and {len(val):,} validation images of {len(classes):,} classes")
+        for remark in remarks:
+            print(f"      {remark}")
+        if settings.top_k > len(val):
+            raise InputError(f"--top-k {settings.top_k} is above the number of validation images, {len(val)}")
+        if (settings.batch_size or 1) > len(train):
+            raise InputError(f"--batch-size {settings.batch_size} is above the number of training images, {len(train)}")
+        model, transform = open_backbone(settings, out)
+        width, layers = model.cls_token.shape[-1], parse_layers(settings.layers, len(blocks_of(model)))
+        needed = disk_needed(out, training_of(settings, len(train)), splits, layers, width)
+        stack.enter_context(room(out, needed))
+        if not demo:
+            stack.enter_context(held(out))
+        print(f"      {len(layers)} layers of width {width}; still to be written: {size(sum(needed.values()))}")
+        images = {"fingerprint of images": fingerprint(train, val), "train images": len(train), "val images": len(val)}
+        made_from = {**images, "classes": len(classes), **identify(model, transform, settings.backbone)}
+        recorded = record_tokens(settings, out, model, transform, splits, layers, made_from)
+        del model  # whose memory the SAEs may need
+        finished("tokens")
 
-    rows = len(np.load(out / "tokens/train/labels.npy", mmap_mode="r"))
-    batch_size = settings.batch_size or fitting_batch_size(rows, settings.epochs)
-    training = Training(
-        settings.expansion, settings.l1, settings.inputs, settings.epochs, batch_size, settings.lr, settings.seed,
-        fast_precision(settings.device),
-    )
-    print(f"[2/4] sparse autoencoders: {training.inputs} inputs, λ = {training.l1}, {training.epochs} epochs, batch "
-          f"{training.batch_size}, {training.precision}")
-    about = {"backbone": settings.backbone, "hub": settings.hub, "fingerprint": identity["fingerprint"]}
-    saes = train_saes(settings, out, training, layers, about)
-    finished("saes")
+        training = training_of(settings, len(train) - len(recorded["left_out"]["train"]))
+        print(f"[2/4] sparse autoencoders: {training.inputs} inputs, λ = {training.l1}, {training.epochs} epochs, batch "
+              f"{training.batch_size}, {training.precision}")
+        about = {"backbone": settings.backbone, "hub": settings.hub, "images": images["fingerprint of images"]}
+        saes = train_saes(settings, out, training, layers, about, recorded)
+        finished("saes")
 
-    print("[3/4] scores: reconstruction, probe, hierarchy")
-    scores = [score_layer(settings, out, saes, training, tree, layer) for layer in tqdm(layers, "      layers", unit="layer")]
-    finished("scores")
+        print("[3/4] scores: reconstruction, probe, hierarchy")
+        scores = [
+            score_layer(settings, out, saes[layer], training, tree, layer, recorded)
+            for layer in tqdm(layers, "      layers", unit="layer")
+        ]
+        finished("scores")
 
-    print("[4/4] tables, figures, report")
-    by_layer = [score["layers"] for score in scores]
-    hierarchy = [row for score in scores for row in score["hierarchy"]]
-    agreement, agreement_shuffled = (consistency(scores, labels) for labels in ("true", "shuffled"))
-    pairs = list(itertools.combinations(range(len(layers)), 2))
-    off_diagonal = [agreement_shuffled[a, b] for a, b in pairs if np.isfinite(agreement_shuffled[a, b])]
-    hypernyms = hypernym_rows(scores, tree)
-    chosen = named_latents(hypernyms)
-    pictures = draw_latents(settings, out, saes, demo, val, scores, chosen)
-    record = {
-        "settings": {**vars(settings), "data": data, "out": str(out), "batch_size": batch_size},
-        "images": identity,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "huggingface_hub", "nltk", "numpy")},
-        "seconds": seconds,
-        "saes": str(saes.relative_to(out)),
-        "layers": by_layer,
-        "hierarchy": hierarchy,
-        "hypernyms_possible": len(hypernyms),
-        "hypernyms": [row for row in hypernyms if row["classes"] >= 5] or hypernyms,
-        "consistency": [{"layer_a": layers[a], "layer_b": layers[b], "jaccard": agreement[a, b]} for a, b in pairs],
-        "agreement_shuffled": float(np.mean(off_diagonal)) if off_diagonal else math.nan,
-        "claims": check_claims(by_layer, hierarchy, agreement, hypernyms),
-    }
-    title = f"{settings.backbone} on {Path(data).resolve().name if not demo else 'drawn images'}, {settings.inputs} inputs"
-    note = DEMO_NOTE if demo else f"{len(train):,} training and {len(val):,} validation images of {len(classes):,} classes."
-    note += f" {len(hypernyms)} hypernyms could be found."
-    latents = [({**row, "coverage": best_of(scores, row)["coverage"]}, pictures[row["wnid"]]) for row in chosen]
-    print("\n" + write_results(out / "results", title, note, record, agreement, hypernyms, tree, latents))
-    finished("results")
-    print(f"\nDone in {time.time() - started:.0f} s. Tables and figures: {out / 'results'}; SAEs: {saes}")
+        print("[4/4] tables, figures, report")
+        by_layer = [score["layers"] for score in scores]
+        hierarchy = [row for score in scores for row in score["hierarchy"]]
+        agreement, agreement_shuffled = (consistency(scores, labels) for labels in ("true", "shuffled"))
+        pairs = list(itertools.combinations(range(len(layers)), 2))
+        off_diagonal = [agreement_shuffled[a, b] for a, b in pairs if np.isfinite(agreement_shuffled[a, b])]
+        hypernyms = hypernym_rows(scores, tree)
+        chosen = named_latents(hypernyms)
+        pictures = draw_latents(settings, out, saes, recorded, val, scores, chosen)
+        record = {
+            "settings": {**vars(settings), "data": data, "out": str(out), "batch_size": training.batch_size},
+            "made_from": made_from,
+            "left_out": {name: len(left_out) for name, left_out in recorded["left_out"].items()},
+            "versions": {name: version(name) for name in ("torch", "torchvision", "huggingface_hub", "nltk", "numpy")},
+            "seconds": seconds,
+            "saes": str(saes_folder(out, training).relative_to(out)),
+            "layers": by_layer,
+            "hierarchy": hierarchy,
+            "hypernyms_possible": len(hypernyms),
+            "hypernyms": [row for row in hypernyms if row["classes"] >= 5] or hypernyms,
+            "consistency": [{"layer_a": layers[a], "layer_b": layers[b], "jaccard": agreement[a, b]} for a, b in pairs],
+            "agreement_shuffled": float(np.mean(off_diagonal)) if off_diagonal else math.nan,
+            "claims": check_claims(by_layer, hierarchy, agreement, hypernyms),
+        }
+        title = f"{settings.backbone} on {Path(data).resolve().name if not demo else 'drawn images'}, {settings.inputs} inputs"
+        note = DEMO_NOTE if demo else f"{len(train):,} training and {len(val):,} validation images of {len(classes):,} classes."
+        note += f" {len(hypernyms)} hypernyms could be found."
+        latents = [({**row, "coverage": best_of(scores, row)["coverage"]}, pictures[row["wnid"]]) for row in chosen]
+        print("\n" + write_results(out / "results", title, note, record, agreement, hypernyms, tree, latents))
+        print(f"\nDone in {time.time() - started:.0f} s. Tables and figures: {out / 'results'}; SAEs: {out / record['saes']}")
     if demo:
         print(DEMO_NOTE)
 
 
 def main(argv=None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that are no UTF-8; a log is to be up to date
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     settings = parse_settings(argv)
     try:
         run(settings)
-    except (InputError, BackboneError, SAEError, TaxonomyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with the stages that are done", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except OSError as error:  # a full disk, a folder that may not be read or written
-        print(f"error: {error}; mend it and give the same command again: the stages that are done are kept", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: lower --batch-size or --expansion, choose a smaller --backbone, or give "
-              "--device cpu; what is done is kept", file=sys.stderr)
-        return 2
-    return 0
+    except Stale as error:
+        message = f"{error}: give another --out, or delete it"
+    except (InputError, BackboneError, SAEError, TaxonomyError) as error:
+        message = str(error)
+    except (torch.OutOfMemoryError, MemoryError):
+        message = ("out of memory: lower --batch-size or --expansion, choose a smaller --backbone, or, if it is the GPU's, give "
+                   "--device cpu; what is done is kept")
+    except OSError as error:  # a file or folder that may not be read or written
+        message = f"{error}; mend it and give the same command again, which goes on from here"
+    except RuntimeError as error:
+        if not re.search("DataLoader (worker|timed out)|allocate memory", str(error)):
+            raise
+        message = (f"out of memory, or of shared memory for the processes that read images ({str(error).splitlines()[0]}): "
+                   "lower --batch-size or --expansion, or end other programs; the same command goes on from here")
+    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

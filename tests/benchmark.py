@@ -247,7 +247,8 @@ def buffer(tokens=None):
         block = np.random.default_rng(0).normal(size=(8192, width)).astype(np.float16)
         for start in range(0, rows, len(block)):
             file.append(block[: rows - start])
-        file.close()
+        file.sync()
+        file.finish()
         print(f"a layer of ImageNet-1k's size, {rows:,} x {width}, {file.path.stat().st_size / 1e9:.1f} GB on disk")
         start = time.perf_counter()
         tokens_of_layer = ActivationBuffer(file.path, DEVICE)
