@@ -325,7 +325,7 @@ def test_consistency_is_the_jaccard_of_what_is_matched(three_layers):
 
 
 def test_report_is_one_safe_file(data, hub, tmp_path):
-    tricky = tmp_path / "<b>'\"&.d"
+    tricky = tmp_path / "<b>'\"&\udcff\n.d"
     data.rename(tricky)
     assert reproduce_here(tricky, hub) == 0
     report = open("out/results/report.html").read()
