@@ -8,6 +8,8 @@ Four stages, each skipped where its work is already in the output folder:
     2. class tokens -> one sparse autoencoder a layer      saes/<settings>/layer_NN/
     3. latents -> reconstruction, probe, hierarchy         saes/<settings>/layer_NN/scores.json
     4. scores -> tables, claims, figures, report           results/
+
+torchrun --nproc-per-node 8 reproduce.py ...  shares the images of stage 1 and the layers of stages 2 and 3 among GPUs.
 """
 import argparse
 import base64
@@ -15,6 +17,7 @@ import csv
 import errno
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -27,8 +30,9 @@ import sys
 import time
 import zipfile
 import zlib
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from datetime import timedelta
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +52,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dinov2_hooks import (
-    HUB, Attention, BackboneError, Block, SmallViT, blocks_of, checksum, class_tokens, eval_transform,
+    HUB, Attention, BackboneError, Block, GrowingArray, SmallViT, blocks_of, checksum, class_tokens, eval_transform,
     load_backbone, record_class_tokens, relevancy_maps,
 )
 from metrics import (
@@ -61,7 +65,8 @@ from taxonomy import Taxonomy, TaxonomyError
 
 IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGES_PER_STEP = 64  # through the backbone at once; ViT-g/14 then fits a card of 12 GB
-WORKERS = min(os.cpu_count() or 1, 16)  # processes that read images; one that is silent for ten minutes ends the run
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of this process, as torchrun says
+WORKERS = max(1, min(os.cpu_count() or 1, 16) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # processes that read images
 VAL_BATCH = 2048  # tokens scored at once
 COMMIT_SECONDS = 30  # how often a stage under way is put on disk; an epoch of training is not parted
 
@@ -240,6 +245,15 @@ def code_of(*parts) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
+def wait_for_all() -> None:
+    """Until every process of this torchrun is here; if one has failed, and said why, end."""
+    if WORLD > 1:
+        try:
+            torch.distributed.barrier()
+        except RuntimeError:
+            sys.exit(1)
+
+
 @contextmanager
 def held(out: Path):
     """One run at a time in an output folder. The lock ends with the process, however that ends."""
@@ -273,12 +287,13 @@ class Split:
     def __len__(self):
         return len(self.names)
 
-    def batches(self, transform, device: str, start: int = 0):
-        """Batches (images, labels, ids) for record_class_tokens from image `start` on, each with a list of what went
+    def batches(self, transform, device: str, start: int, end: int):
+        """Batches (images, labels, ids) of images `start` to `end` for record_class_tokens, each with a list of what went
         wrong: a sentence for an image that does not decode, an exception for one that cannot be read at all."""
         return torch.utils.data.DataLoader(
-            _Decoded(self, transform), batch_size=IMAGES_PER_STEP, sampler=range(start, len(self)), collate_fn=_collate,
-            pin_memory=device == "cuda", num_workers=WORKERS, timeout=600 if WORKERS else 0,
+            _Decoded(self, transform), batch_size=IMAGES_PER_STEP, sampler=range(start, end), collate_fn=_collate,
+            pin_memory=device == "cuda", num_workers=WORKERS,
+            timeout=600 if WORKERS else 0,  # a process silent for ten minutes ends the run
         )
 
 
@@ -575,33 +590,54 @@ def layer_name(layer: int) -> str:
 
 
 def record_tokens(settings, out: Path, model, transform, splits: dict[str, Split], layers: list[int], identity: dict) -> dict:
-    """Stage 1: the class tokens of all asked-for layers, in one pass a split. Returns their checksums by file, as
-    "train/layer_00.npy", and what it left out of each split."""
+    """Stage 1: the class tokens of all asked-for layers, in one pass a split, shared by all processes. Returns their
+    checksums by file, as "train/layer_00.npy", and what it left out of each split."""
     folder = out / "tokens"
     record = read_record(folder / "tokens.json", identity) or {"tokens": {}, "left_out": {}}
     for name, split in splits.items():
         there = lambda file: f"{name}/{file}" in record["tokens"] and (folder / name / file).is_file()
         missing = [n for n in layers if not all(map(there, (f"{layer_name(n)}.npy", "labels.npy", "ids.npy")))]
+        shares = [folder / name / f"rank_{rank}_of_{WORLD}" for rank in range(WORLD)] if WORLD > 1 else [folder / name]
         if missing:
-            written, left_out = record_split(settings, folder / name, model, transform, split, missing, identity)
+            record_share(settings, shares[RANK], model, transform, split, missing, identity)
+        wait_for_all()
+        if missing and RANK == 0:
+            passes = [json.loads((share / "pass.json").read_bytes()) for share in shares]
+            checksums = passes[0]["checksums"]
+            if WORLD > 1:
+                parts = {file: {share / file: one["checksums"][file] for share, one in zip(shares, passes)} for file in checksums}
+                checksums = {file: join_arrays(part, folder / name / file) for file, part in parts.items()}
+            left_out = [error for one in passes for error in one["left_out"]]
+            if len(left_out) == len(split):
+                raise InputError(f"none of the {len(split)} images of {split.root} decodes; the first: {left_out[0]}")
+            if left_out:
+                print(f"      left out {len(left_out)} images that do not decode:", *left_out, sep="\n        ")
             if record["left_out"].setdefault(name, left_out) != left_out:
                 raise InputError(f"other images of {split.root} decode now than when the tokens in {folder} were recorded: "
                                  "restore them, or give another --out")
-            record["tokens"] |= {f"{name}/{file}": crc for file, crc in written.items()}
-            record = write_record(folder / "tokens.json", identity, tokens=record["tokens"], left_out=record["left_out"])
+            tokens = record["tokens"] | {f"{name}/{file}": crc for file, crc in checksums.items()}
+            record = write_record(folder / "tokens.json", identity, tokens=tokens, left_out=record["left_out"])
             (folder / name / "pass.json").unlink(missing_ok=True)
-    return record
+        if RANK == 0:
+            for share in folder.glob(f"{name}/rank_*"):
+                shutil.rmtree(share)
+        wait_for_all()
+    return read_record(folder / "tokens.json", identity)
 
 
-def record_split(settings, folder: Path, model, transform, split: Split, layers: list[int], identity: dict):
-    """One pass over a split, or the rest of one; returns checksums by file, and what is wrong with the images left out."""
-    identity = {**identity, "layers": layers, "device": settings.device}
-    state = usable(folder / "pass.json", identity) or {"seen": 0, "left_out": [], "written": None}
+def record_share(settings, folder: Path, model, transform, split: Split, layers: list[int], identity: dict) -> None:
+    """This process's share of a pass over a split, or the rest of it; pass.json says how far it is."""
+    steps = -(-len(split) // IMAGES_PER_STEP)  # whole ones, so that an image is in the same batch whoever has it
+    start, end = (min(len(split), rank * steps // WORLD * IMAGES_PER_STEP) for rank in (RANK, RANK + 1))
+    identity = {**identity, "layers": layers, "images": [start, end], "device": settings.device}
+    state = usable(folder / "pass.json", identity) or {"seen": start, "left_out": [], "written": None, "checksums": None}
+    if state["checksums"]:
+        return
     seen, left_out, committed = state["seen"], state["left_out"], time.monotonic()
 
     def batches():
         nonlocal seen
-        for images, labels, ids, wrong in split.batches(transform, settings.device, seen):
+        for images, labels, ids, wrong in split.batches(transform, settings.device, seen, end):
             for error in wrong:
                 if isinstance(error, Exception):
                     raise error
@@ -609,24 +645,35 @@ def record_split(settings, folder: Path, model, transform, split: Split, layers:
                     raise InputError(f"{error}; mend or remove the image, or leave such images out with --skip-bad-images")
             left_out.extend(wrong)
             seen += len(ids) + len(wrong)
-            bar.update(seen - bar.n)
+            bar.update(seen - start - bar.n)
             if len(ids):
                 yield images, labels, ids
 
     def commit(written):
         nonlocal committed
         if time.monotonic() - committed >= COMMIT_SECONDS:
-            write_record(folder / "pass.json", identity, seen=seen, left_out=left_out, written=written())
+            write_record(folder / "pass.json", identity, seen=seen, left_out=left_out, written=written(), checksums=None)
             committed = time.monotonic()
 
-    with tqdm(total=len(split), initial=seen, desc=f"      {folder.name}", unit="image") as bar:
+    title = f"      {(folder if WORLD == 1 else folder.parent).name}"
+    with tqdm(total=end - start, initial=seen - start, desc=title, unit="image", disable=RANK > 0) as bar:
         checksums = record_class_tokens(model, batches(), layers, folder, split.names, commit, state["written"])
-    if len(left_out) == len(split):
-        raise InputError(f"none of the {len(split)} images of {split.root} decodes; the first: {left_out[0]}")
-    if left_out:
-        print(f"      left out {len(left_out)} images that do not decode:", *left_out, sep="\n        ")
     sync(folder)
-    return checksums, left_out
+    write_record(folder / "pass.json", identity, seen=seen, left_out=left_out, written=None, checksums=checksums)
+
+
+def join_arrays(parts: dict[Path, int], to: Path) -> int:
+    """One .npy of the rows of several, given with their checksums; returns its own."""
+    for path, crc in parts.items():
+        if checksum(path) != crc:
+            raise InputError(f"{path} is damaged: delete {path.parent}, and the same command records it anew")
+    arrays = [np.load(path, mmap_mode="r") for path in parts if path.stat().st_size > 128]  # 128: no rows
+    joined = GrowingArray(to, arrays[0].dtype, arrays[0].shape[1:])
+    for array in arrays:
+        for start in range(0, len(array), 8192):
+            joined.append(array[start : start + 8192])
+    joined.sync()
+    return joined.finish()
 
 
 def intact(out: Path, recorded: dict, file: str) -> Path:
@@ -651,13 +698,14 @@ def train_saes(settings, out: Path, training: Training, layers: list[int], about
         for layer in layers
     }
     missing = [layer for layer in layers if not usable(folders[layer] / "sae.json", identities[layer])]
-    with tqdm(total=0, unit="step", disable=not missing) as bar:
-        for place, layer in enumerate(missing):
+    mine = missing[RANK::WORLD]
+    with tqdm(total=0, unit="step", disable=not mine or RANK > 0) as bar:
+        for place, layer in enumerate(mine):
             bar.set_description(f"      layer {layer}")
             saved, committed = parent / f"{layer_name(layer)}_training.npz", time.monotonic()
 
             def progress(step, steps, loss):
-                bar.total = steps * len(missing)
+                bar.total = steps * len(mine)
                 bar.update(steps * place + step - bar.n)
 
             def checkpoint(state):
@@ -678,6 +726,7 @@ def train_saes(settings, out: Path, training: Training, layers: list[int], about
                 files = {path.name: checksum(path) for path in part.iterdir()}
                 write_record(part / "sae.json", identities[layer], files=files)
             saved.unlink(missing_ok=True)
+    wait_for_all()
     return folders
 
 
@@ -1213,14 +1262,17 @@ def run(settings: argparse.Namespace) -> None:
     data = settings.data or os.environ.get("IMAGENET_DIR") or ("imagenet" if Path("imagenet").is_dir() else None)
     demo = data is None
     with ExitStack() as stack:
+        if RANK > 0:
+            wait_for_all()  # until the first process has found all as it should be, and made the demo
         if demo:
             if settings.backbone or settings.hub:
                 raise InputError("--backbone and --hub need images: give --data (the built-in demo brings its own ViT)")
             out = Path(settings.out or "runs/demo")
             print(f"{DEMO_NOTE}\n\n[1/4] images, ViT and class tokens")
             stack.enter_context(room(out, {"the demo": 60_000_000}))
-            stack.enter_context(held(out))
-            make_demo(out)
+            if RANK == 0:
+                stack.enter_context(held(out))
+                make_demo(out)
             data, settings.backbone, settings.hub = str(out / "images"), "demo", DEMO_HUB
         else:
             settings.backbone, settings.hub = settings.backbone or "dinov2_vitg14", settings.hub or HUB
@@ -1240,8 +1292,10 @@ def run(settings: argparse.Namespace) -> None:
         width, layers = model.cls_token.shape[-1], parse_layers(settings.layers, len(blocks_of(model)))
         needed = disk_needed(out, training_of(settings, len(train)), splits, layers, width)
         stack.enter_context(room(out, needed))
-        if not demo:
-            stack.enter_context(held(out))
+        if RANK == 0:
+            if not demo:
+                stack.enter_context(held(out))
+            wait_for_all()
         print(f"      {len(layers)} layers of width {width}; still to be written: {size(sum(needed.values()))}")
         images = {"fingerprint of images": fingerprint(train, val), "train images": len(train), "val images": len(val)}
         made_from = {**images, "classes": len(classes), **identify(model, transform, settings.backbone)}
@@ -1257,13 +1311,15 @@ def run(settings: argparse.Namespace) -> None:
         finished("saes")
 
         print("[3/4] scores: reconstruction, probe, hierarchy")
-        scores = [
+        for layer in tqdm(layers[RANK::WORLD], "      layers", unit="layer", disable=RANK > 0):
             score_layer(settings, out, saes[layer], training, tree, layer, recorded)
-            for layer in tqdm(layers, "      layers", unit="layer")
-        ]
+        wait_for_all()
         finished("scores")
+        if RANK > 0:
+            return
 
         print("[4/4] tables, figures, report")
+        scores = [score_layer(settings, out, saes[layer], training, tree, layer, recorded) for layer in layers]  # as kept
         by_layer = [score["layers"] for score in scores]
         hierarchy = [row for score in scores for row in score["hierarchy"]]
         agreement, agreement_shuffled = (consistency(scores, labels) for labels in ("true", "shuffled"))
@@ -1301,9 +1357,18 @@ def main(argv=None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that are no UTF-8; a log is to be up to date
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    settings = parse_settings(argv)
+    with redirect_stderr(sys.stderr if RANK == 0 else io.StringIO()):  # said once
+        settings = parse_settings(argv)
+    if WORLD > 1:
+        if settings.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         run(settings)
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
