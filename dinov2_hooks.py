@@ -35,8 +35,9 @@ class BackboneError(ValueError):
 # the model and its images
 
 
-def load_backbone(name: str = "dinov2_vitg14", hub: str = HUB, device: str = "cpu") -> nn.Module:
-    """A ViT from a torch.hub repository ("owner/name:commit") or from a local folder with a hubconf.py.
+def load_backbone(name: str = "dinov2_vitg14", hub: str = HUB, device: str = "cpu", **options) -> nn.Module:
+    """A ViT from a torch.hub repository ("owner/name:commit") or from a local folder with a hubconf.py; `options` go to
+    its entry point, as pretrained=False.
 
     Raises BackboneError, in one sentence: no such folder or entry point, no network, a package missing, no ViT.
     """
@@ -53,7 +54,7 @@ def load_backbone(name: str = "dinov2_vitg14", hub: str = HUB, device: str = "cp
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="xFormers")  # DINOv2 warns three times that it does without
-            model = torch.hub.load(repo, name, verbose=False, **source)
+            model = torch.hub.load(repo, name, verbose=False, **source, **options)
     except OSError as error:  # URLError and HTTPError among them
         raise BackboneError(
             f"--hub {hub}: {name} could not be fetched ({error}); without internet, pass a local copy of the "
@@ -100,7 +101,7 @@ def eval_transform(resize: int = 256, crop: int = 224):
 def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor:
     """Class token of each image after each asked-for block, in one forward pass: images (B, 3, H, W) -> (L, B, n).
 
-    Raises BackboneError for a layer the model lacks.
+    Raises BackboneError for a layer the model lacks, and for a model that fails on these images.
     """
     layers = list(layers)
     check_layers(model, layers)
@@ -115,6 +116,11 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor
     handles = [blocks[layer].register_forward_hook(keep(place)) for place, layer in enumerate(layers)]
     try:
         model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AssertionError) as error:
+        shape = " x ".join(map(str, images.shape[1:]))
+        raise BackboneError(f"the backbone fails on images of {shape} ({type(error).__name__}: {error})") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -162,14 +168,8 @@ def record_class_tokens(model: nn.Module, batches, layers, folder, names=None, c
     sync = lambda: {name: file.sync() for name, file in files.items()}
     try:
         for images, labels, ids in batches:
-            try:
-                with fast:
-                    tokens = class_tokens(model, images.to(device, non_blocking=True), layers).half().cpu()  # (L, B, n)
-            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                shape = " x ".join(map(str, images.shape[1:]))
-                raise BackboneError(f"the backbone fails on images of {shape} ({type(error).__name__}: {error})") from error
+            with fast:
+                tokens = class_tokens(model, images.to(device, non_blocking=True), layers).half().cpu()  # (L, B, n)
             if not tokens.isfinite().all():
                 place, image = (~tokens.isfinite()).any(-1).nonzero()[0].tolist()
                 name = names[int(ids[image])] if names is not None else int(ids[image])

@@ -179,7 +179,13 @@ def score_hierarchy(profile: Profile, tree: Taxonomy, response_rate: float = 0.5
 # linear probe
 
 
-def linear_probe(train, train_labels, val, val_labels, device: str = "cpu", seed: int = 0) -> float:
+def probe_steps(rows: int, least: int = 3000) -> tuple[int, int]:
+    """(epochs, steps an epoch) of `linear_probe` on so many rows."""
+    steps = max(1, rows // 256)
+    return max(10, -(-least // steps)), steps
+
+
+def linear_probe(train, train_labels, val, val_labels, device: str = "cpu", seed: int = 0, least: int = 3000) -> float:
     """Top-1 accuracy on `val` (M, n) of a linear classifier fitted to `train` (N, n), arrays or memory maps.
 
     Multinomial logistic regression on features standardised on train; AdamW, batches of 256 consecutive rows (which
@@ -187,7 +193,7 @@ def linear_probe(train, train_labels, val, val_labels, device: str = "cpu", seed
     """
     batch_size = min(256, len(train))
     starts = np.arange(0, len(train) - batch_size + 1, batch_size)
-    epochs = max(10, -(-3000 // len(starts)))
+    epochs, _ = probe_steps(len(train), least)
     total, squares = 0.0, 0.0
     for start in range(0, len(train), 8192):
         rows = np.asarray(train[start : start + 8192], np.float64)

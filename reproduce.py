@@ -15,6 +15,7 @@ import argparse
 import base64
 import csv
 import errno
+import functools
 import hashlib
 import inspect
 import io
@@ -30,23 +31,28 @@ import sys
 import time
 import zipfile
 import zlib
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows: there, two runs in one output folder are not told apart
-    fcntl = None
+    fcntl = resource = None
 
 import numpy as np
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save
 from torch.nn.functional import cross_entropy, interpolate
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import CenterCrop
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -56,10 +62,12 @@ from dinov2_hooks import (
     load_backbone, record_class_tokens, relevancy_maps,
 )
 from metrics import (
-    Profile, Scores, agreement_trend, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
+    Profile, Scores, agreement_trend, linear_probe, neurons, probe_steps, profile_latents, reconstruction, rising_trend,
+    score_hierarchy,
 )
 from sae import (
-    ActivationBuffer, SAEError, SparseAutoencoder, Training, fast_precision, fitting_batch_size, new_sae, train_sae,
+    POOL_BYTES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fast_precision,
+    fitting_batch_size, new_sae, train_sae,
 )
 from taxonomy import Taxonomy, TaxonomyError
 
@@ -115,6 +123,9 @@ def parse_settings(argv=None) -> argparse.Namespace:
         "fires on this share of its images (default: 0.5)")
     add("--images-per-class", type=number(int, 1), help="use no more training images of a class (default: all)")
     add("--skip-bad-images", action="store_true", help="list images that do not decode and go on without them")
+    add("--plan", action="store_true", help="say what the run would write, compute and take on this machine, and end")
+    add("--saes", metavar="USER/NAME", help="score published SAEs instead of training: from the Hub, or a folder of layer_NN")
+    add("--push-to-hub", metavar="USER/NAME", help="publish the SAEs and results on the Hugging Face Hub at the end")
     add("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of SAE training, probes and shuffled labels (default: 0)")
     settings = parser.parse_args(argv)
@@ -529,7 +540,7 @@ def draw(traits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
 def make_demo(folder: Path) -> None:
     """Draw the demo's train/ and val/ and train its ViT on images drawn likewise, unless all of it is there."""
     constants = {name: value for name, value in globals().items() if name.startswith("DEMO_") and name != "DEMO_NOTE"}
-    identity = {**constants, "code": code_of(demo_traits, draw, make_demo, SmallViT, Block, Attention)}
+    identity = {**constants, "code": code_of(demo_traits, draw, make_demo, train_demo_vit, SmallViT, Block, Attention)}
     if read_record(folder / "demo.json", identity):
         return
     tree = Taxonomy.from_wnids(DEMO_CLASSES)
@@ -541,12 +552,19 @@ def make_demo(folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(draw(traits[label].expand(count, -1), generator)[0]):
                 to_pil_image(image).save(place / f"{i:03d}.png")
+    vit = train_demo_vit(traits, DEMO_STEPS)
+    with whole(folder / "vit.safetensors") as part:
+        part.write_bytes(save(vit.state_dict()))
+    write_record(folder / "demo.json", identity, files={"vit.safetensors": checksum(folder / "vit.safetensors")})
+
+
+def train_demo_vit(traits: torch.Tensor, steps: int) -> SmallViT:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(2)
-    vit, normalise = SmallViT(len(tree.classes), DEMO_SIZE), eval_transform(DEMO_SIZE, DEMO_SIZE).transforms[-1]
+    vit, normalise = SmallViT(len(traits), DEMO_SIZE), eval_transform(DEMO_SIZE, DEMO_SIZE).transforms[-1]
     optimizer = torch.optim.AdamW(vit.parameters(), weight_decay=0.05, fused=True)
     warm_up = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=DEMO_STEPS, pct_start=0.15)
-    for _ in (bar := tqdm(range(DEMO_STEPS), "      the demo's ViT", unit="step")):
+    for _ in (bar := tqdm(range(steps), "      the demo's ViT", unit="step", disable=steps < DEMO_STEPS)):
         labels = torch.randint(len(traits), (DEMO_BATCH,), generator=generator)
         images = normalise(draw(traits[labels], generator)[0].float() / 255)
         loss = cross_entropy(vit(images), labels)
@@ -555,9 +573,7 @@ def make_demo(folder: Path) -> None:
         optimizer.step()
         warm_up.step()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    with whole(folder / "vit.safetensors") as part:
-        part.write_bytes(save(vit.state_dict()))
-    write_record(folder / "demo.json", identity, files={"vit.safetensors": checksum(folder / "vit.safetensors")})
+    return vit
 
 
 def open_backbone(settings, out: Path):
@@ -566,6 +582,9 @@ def open_backbone(settings, out: Path):
         vit = SmallViT(len(DEMO_CLASSES), DEMO_SIZE)
         vit.load_state_dict(load_file(out / "vit.safetensors"))
         return vit.eval().requires_grad_(False).to(settings.device), eval_transform(DEMO_SIZE, DEMO_SIZE)
+    if settings.plan:  # what the weights are takes no time, and need not be fetched
+        with suppress(BackboneError):
+            return load_backbone(settings.backbone, settings.hub, settings.device, pretrained=False), eval_transform()
     return load_backbone(settings.backbone, settings.hub, settings.device), eval_transform()
 
 
@@ -751,12 +770,121 @@ def read_arrays(path: Path, identity: dict) -> dict[str, np.ndarray] | None:
         tqdm.write(f"      {path} is damaged ({error}): its training starts anew")
 
 
+def fetch_saes(settings, out: Path, layers: list[int], width: int) -> dict[int, Path]:
+    """Instead of stage 2: published SAEs, from a folder or the Hub, copied beside the run's own; their folders by layer."""
+    source = Path(settings.saes).expanduser()
+    if not source.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.saes):
+            raise InputError(f"--saes {settings.saes}: no such folder, and not of the form USER/NAME on the Hub")
+        wanted = [f"{layer_name(layer)}/{file}" for layer in layers for file in SAE_FILES]
+        source = Path(on_the_hub("--saes", settings.saes, lambda: snapshot_download(settings.saes, allow_patterns=wanted)))
+    folders = {}
+    for layer in layers:
+        files = [source / layer_name(layer) / file for file in SAE_FILES]
+        if not all(file.is_file() for file in files):
+            have = sorted(path.parent.name for path in source.glob("layer_*/model.safetensors"))
+            has = f"only {', '.join(have)}: give --layers" if have else "and no other SAE either"
+            raise InputError(f"--saes {settings.saes} has no {layer_name(layer)}, {has}")
+        try:
+            sae = SparseAutoencoder.from_pretrained(files[0].parent)
+        except Exception as error:  # what a file from elsewhere may hold
+            raise InputError(f"--saes {settings.saes}: {layer_name(layer)} is no SAE of this kit ({error})") from error
+        if sae.W_enc.shape[1] != width:
+            raise InputError(f"--saes {settings.saes}: {layer_name(layer)} is for tokens of width {sae.W_enc.shape[1]}, and "
+                             f"{settings.backbone}'s have {width}")
+        trained_on = (sae.about or {}).get("backbone", "an unknown backbone")
+        if trained_on != settings.backbone and RANK == 0:
+            tqdm.write(f"      {layer_name(layer)} was trained on {trained_on}, and is scored on {settings.backbone}")
+        folders[layer] = out / "saes" / ("from_" + re.sub(r"[^\w.-]", "_", settings.saes)) / layer_name(layer)
+        crcs = {file.name: checksum(file) for file in files}
+        if RANK == 0 and not usable(folders[layer] / "sae.json", {"from": settings.saes, **crcs}):
+            with whole(folders[layer]) as part:
+                part.mkdir()
+                for file in files:
+                    shutil.copy(file, part / file.name)
+                write_record(part / "sae.json", {"from": settings.saes, **crcs}, files=crcs)
+    wait_for_all()
+    return folders
+
+
+def on_the_hub(option: str, repo: str, action):
+    """action(), or one sentence on why the Hub would not."""
+    try:
+        return action()
+    except Exception as error:  # huggingface_hub's own, and those of the HTTP library of its version
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = {
+            401: "the token is not valid, or the repository is not there: log in again with `hf auth login`",
+            403: "the token may not do that: make one with the right to write, at https://huggingface.co/settings/tokens",
+            404: "there is no such repository",
+        }.get(status, f"the Hub cannot be reached, or refuses ({type(error).__name__}: {str(error).splitlines()[0]})")
+        raise InputError(f"{option} {repo}: {reason}") from error
+
+
+def open_hub(repo: str) -> HfApi:
+    """The Hub, where the right to write to `repo` has been tried: before the hours are spent."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise InputError(f"--push-to-hub {repo}: give USER/NAME")
+    if get_token() is None:
+        raise InputError(f"--push-to-hub {repo}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    on_the_hub("--push-to-hub", repo, api.whoami)
+    on_the_hub("--push-to-hub", repo, lambda: api.create_repo(repo, exist_ok=True))
+    return api
+
+
+def push(api, repo: str, out: Path, title: str, note: str, record: dict, saes: dict) -> None:
+    """Publish SAEs, tables and figures, in one commit, under a card made from them."""
+    own = ("data", "out", "hub")  # paths of this machine
+    public = {**record, "settings": {key: value for key, value in record["settings"].items() if key not in own}}
+    card = MODEL_CARD.format(
+        repo=repo, title=title, note=note, layer=f"{record['layers'][-1]['layer']:02d}", layers=markdown(record["layers"]),
+        claims=markdown(record["claims"]), settings=markdown([{"setting": k, "value": v} for k, v in public["settings"].items()]),
+    )
+    files = {f"{layer_name(layer)}/{name}": str(folder / name) for layer, folder in saes.items() for name in SAE_FILES}
+    files |= {f"results/{path.name}": str(path) for path in (out / "results").glob("*.csv")}
+    files |= {f"results/{path.name}": str(path) for path in (out / "results/figures").glob("*.png") if "latent_" not in path.name}
+    files |= {"results/results.json": to_json(public).encode(), "README.md": card.encode("utf-8", "backslashreplace")}
+    commit = [CommitOperationAdd(name, content) for name, content in files.items()]
+    on_the_hub("--push-to-hub", repo, lambda: api.create_commit(repo, commit, commit_message=title))
+    print(f"\nPublished: https://huggingface.co/{repo}")
+
+
+SAE_FILES = ("config.json", "model.safetensors")
+MODEL_CARD = """---
+license: mit
+tags: [sparse-autoencoder, vision, hierarchy]
+---
+# Sparse autoencoders of class tokens: {title}
+
+{note} One SAE a layer, of the class token after each block, from the reproduction kit of *Analyzing Hierarchical Structure in
+Vision Models with Sparse Autoencoders* (arXiv 2505.15970); not by the paper's authors.
+
+```python
+from sae import SparseAutoencoder  # the kit's sae.py
+sae = SparseAutoencoder.from_pretrained("{repo}", subfolder="layer_{layer}")
+z = sae.encode(x)  # raw class tokens (B, n) -> latents (B, m)
+```
+
+## Layers
+
+{layers}
+
+## Claims
+
+{claims}
+
+## Settings
+
+{settings}
+"""
+
+
 def load_sae(folder: Path, device: str) -> SparseAutoencoder:
-    with redirect_stdout(None):  # from_pretrained prints
-        return SparseAutoencoder.from_pretrained(folder).to(device)
+    return SparseAutoencoder.from_pretrained(folder).to(device)
 
 
-def score_layer(settings, out: Path, folder: Path, training: Training, tree: Taxonomy, layer: int, recorded: dict) -> dict:
+def score_layer(settings, out: Path, folder: Path, tree: Taxonomy, layer: int, recorded: dict) -> dict:
     """Stage 3 for one layer: its row of layers.csv, its rows of hierarchy.csv, and every hypernym's best latent."""
     used = {split: [f"{split}/{file}.npy" for file in (layer_name(layer), "labels")] for split in ("train", "val")}
     tokens_used = {"tokens": [recorded["tokens"][file] for files in used.values() for file in files], "seed": settings.seed}
@@ -771,7 +899,9 @@ def score_layer(settings, out: Path, folder: Path, training: Training, tree: Tax
     labels = {split: np.load(intact(out, recorded, files[1])) for split, files in used.items()}
     sae = load_sae(folder, settings.device)
     statistics = tokens["train"].statistics()
-    untrained = new_sae(statistics, training).to(settings.device)
+    about = {"inputs": "centred", "seed": 0, **(sae.about or {})}
+    alike = Training(expansion=len(sae.b_enc) // tokens["train"].width, inputs=about["inputs"], seed=about["seed"])
+    untrained = new_sae(statistics, alike).to(settings.device)
     mean = statistics.mean.float().to(settings.device)
     shuffled = np.random.default_rng(settings.seed).permutation(labels["val"])
 
@@ -1228,20 +1358,169 @@ def room(out: Path, needed: dict[str, int]):
                          "and give the same command again, which goes on from here") from error
 
 
-def disk_needed(out: Path, training: Training, splits: dict[str, Split], layers: list[int], width: int) -> dict[str, int]:
-    """Bytes that are still to be written to the output folder, by part."""
-    tokens = {
-        out / f"tokens/{name}/{layer_name(layer)}.npy": 128 + 2 * width * len(split)
-        for name, split in splits.items() for layer in layers
-    }
-    there = sum(path.stat().st_size for whole in tokens for path in (whole, Path(f"{whole}.part")) if path.is_file())
-    latents = training.expansion * width
-    sae = 4 * (2 * latents * width + latents + 2 * width)  # and Adam holds two more of each number
-    missing = sum(not (saes_folder(out, training) / layer_name(layer)).is_dir() for layer in layers)
+class Work(NamedTuple):
+    """A row of the plan."""
+
+    part: str
+    written: int | None  # bytes
+    flop: float | None
+    seconds: float | None = None  # None where it was not tried
+
+
+def plan(model, transform, counts: dict[str, int], classes: int, layers: list[int], training: Training) -> list[Work]:
+    """What is to be written and computed, from the sizes alone."""
+    n, (images, train, val) = model.cls_token.shape[-1], (sum(counts.values()), counts["train"], counts["val"])
+    m, L = training.expansion * n, len(layers)
+    with FlopCounterMode(display=False) as one_image, torch.inference_mode():
+        class_tokens(model, blank_image(model, transform), layers)
+    epochs, steps = probe_steps(train)
+    with torch.device("meta"):  # shapes only
+        sae = safetensors_bytes(SparseAutoencoder(n, m).state_dict())
+    return [
+        Work("class tokens", sum(L * (128 + 2 * n * count) + 2 * (128 + 8 * count) for count in counts.values()),
+             images * one_image.get_total_flops()),
+        Work("SAEs", L * sae, L * training.epochs * (train // training.batch_size) * training.batch_size * 10 * n * m),
+        Work("scores", None, L * (val * 8 * n * m + epochs * steps * 256 * 6 * n * classes)),  # four passes of 2nm; the probe
+        Work("tables, figures: at most", RESULT_BYTES, None),
+    ]
+
+
+def safetensors_bytes(state: dict[str, torch.Tensor]) -> int:
+    """The size of the file: the length of a header, the header, padded to eights, and the tensors by name."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in sorted(state.items()):
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + end
+
+
+def blank_image(model, transform) -> torch.Tensor:
+    side = next(step.size for step in transform.transforms if isinstance(step, CenterCrop))
+    return torch.zeros(1, 3, *side, device=model.cls_token.device)
+
+
+def try_out(settings, works, model, transform, read: list, train: int, val: int, tree: Taxonomy, layers, training) -> list[Work]:
+    """The plan with each part's seconds, from a few seconds' trial of it on the device at hand, at the run's own sizes.
+    Each of `read` reads an image as the run does."""
+    n, device, L, cores = model.cls_token.shape[-1], settings.device, len(layers), os.cpu_count() or 1
+
+    def seconds(action):
+        action()  # the first time is not typical
+        times = []
+        while sum(times) < 0.7 and len(times) < 50:
+            started = time.perf_counter()
+            action()
+            torch.cuda.synchronize() if device == "cuda" else None
+            times.append(time.perf_counter() - started)
+        return float(np.median(times))
+
+    @torch.inference_mode()
+    def forward(count=IMAGES_PER_STEP):
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            class_tokens(model, blank_image(model, transform).expand(count, -1, -1, -1), layers).half().cpu()
+
+    one = seconds(lambda: forward(1))
+    count = IMAGES_PER_STEP if device == "cuda" or one * IMAGES_PER_STEP < 8 else max(1, int(8 / one))
+    through, decode = seconds(lambda: forward(count)) / count, seconds(lambda: [an() for an in read]) / len(read)
+    if device == "cuda":
+        an_image = max(through, decode / max(WORKERS, 1))
+    else:  # they share the cores
+        an_image = max(through, (through * torch.get_num_threads() + decode) / cores)
+
+    tokens = torch.randn(VAL_BATCH, n, device=device)
+    rows = np.random.default_rng(0).normal(size=(2560, n)).astype(np.float16)
+    labels = np.arange(len(rows)) % len(tree.classes)
+    statistics = Statistics(torch.zeros(n).double(), n**0.5, n**0.5)
+    sae = new_sae(statistics, training).to(device)
+    trainer = Trainer(new_sae(statistics, training).to(device), training.batch_size, training.precision)
+    pool = torch.randn(4 * training.batch_size, n, device=device).half()
+
+    def train_step():
+        rows = torch.randperm(len(pool))[: training.batch_size].to(device)
+        trainer.step(sae.normalise(pool[rows].float()), 0.1, 1e-4)
+
+    step = seconds(train_step)
+    spread = seconds(lambda: [tokens.double().sum(0), tokens.double().square().sum()]) / len(tokens)  # as in `statistics`
+    profiles = []
+
+    def profile():
+        reconstruction(sae, [tokens])
+        profiles[:] = [profile_latents(encode, [tokens], [labels[: len(tokens)]] * 2, len(tree.classes), settings.top_k)[0]
+                       for encode in (sae.encode, neurons(torch.zeros(n, device=device)), sae.encode)]
+
+    a_batch = seconds(profile)
+    hierarchy = seconds(lambda: [score_hierarchy(one, tree) for one in [profiles[0], *profiles]])
+    probe = seconds(lambda: linear_probe(rows, labels, rows[:256], labels[:256], device, least=100)) / 100
+    a_map = seconds(lambda: relevancy_maps(model, blank_image(model, transform), layers[-1], lambda x: sae.encode(x)[:, 0]))
+    steps = training.epochs * (train // training.batch_size)
+    found = [
+        (train + val) * an_image / WORLD,
+        L * (steps * step + train * spread) / WORLD,
+        L * (train * spread + val / VAL_BATCH * a_batch + hierarchy + math.prod(probe_steps(train)) * probe) / WORLD,
+        96 * a_map + 5,  # 12 latents of 8 images; five seconds of figures and report
+    ]
+    return [work._replace(seconds=estimate) for work, estimate in zip(works, found)]
+
+
+def plan_demo(settings) -> None:
+    """--plan of the demo, of which nothing need be there."""
+    tree, started = Taxonomy.from_wnids(DEMO_CLASSES), time.perf_counter()
+    traits, files = demo_traits(tree), [io.BytesIO() for _ in range(DEMO_TRAIN)]
+    pictures = [to_pil_image(image) for image in draw(traits[0].expand(len(files), -1), torch.Generator())[0]]
+    for picture, file in zip(pictures, files):
+        picture.save(file, "png")
+    classes = len(tree.classes) * (1 + DEMO_VAL / DEMO_TRAIN)
+    drawing = (time.perf_counter() - started) * classes
+    vit, transform = train_demo_vit(traits, 3).eval().requires_grad_(False), eval_transform(DEMO_SIZE, DEMO_SIZE)
+    started = time.perf_counter()
+    train_demo_vit(traits, 25)
+    training_vit = (time.perf_counter() - started) * DEMO_STEPS / 25
+    counts = {name: len(tree.classes) * count for name, count in [("train", DEMO_TRAIN), ("val", DEMO_VAL)]}
+    layers, training = parse_layers(settings.layers, len(vit.blocks)), training_of(settings, counts["train"])
+    works = plan(vit, transform, counts, len(tree.classes), layers, training)
+    read = [functools.partial(transform, picture) for picture in pictures[:16]]
+    works = try_out(settings, works, vit, transform, read, *counts.values(), tree, layers, training)
+    written = int(sum(len(file.getvalue()) for file in files) * classes) + len(save(vit.state_dict()))
+    print(plan_table([Work("the demo's images and ViT", written, None, drawing + training_vit), *works]))
+    print(peak_memory(settings.device, vit, counts["train"]))
+
+
+def plan_table(works: list[Work]) -> str:
+    """Text; with times and peak memory where they were tried."""
+    whole = Work("together", *(sum(getattr(work, key) or 0 for work in works) for key in ("written", "flop", "seconds")))
+    tried = works[-1].seconds is not None
+    rows = [("", "on disk", "FLOP", "time here" if tried else "")]
+    for work in (*works, whole):
+        lasts = "" if not tried else f"{work.seconds:.0f} s" if work.seconds < 600 else f"{work.seconds / 3600:.1f} h"
+        rows.append((work.part, size(work.written) if work.written else "–", f"{work.flop:.2g}" if work.flop else "–", lasts))
+    return "\n".join(f"      {part:26}{disk:>10}{flop:>10}{lasts:>11}".rstrip() for part, disk, flop, lasts in rows)
+
+
+def peak_memory(device: str, model, train: int) -> str:
+    """After a trial: what it took at most, and the buffer, which it did without."""
+    tokens = 2 * model.cls_token.shape[-1] * train
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    said = f"      peak memory: {size(host + (min(POOL_BYTES, tokens) if device == 'cpu' else POOL_BYTES))}"
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[1]
+        said += f", and {size(torch.cuda.max_memory_allocated() + min(max(POOL_BYTES, free // 4), tokens))} of the GPU's"
+    return said
+
+
+def still_to_write(out: Path, works: list[Work], training: Training, layers: list[int]) -> dict[str, int]:
+    """Bytes of the plan that are not in the output folder yet, by part."""
+    def there(pattern):
+        return sum(path.stat().st_size for layer in layers for path in out.glob(pattern.format(layer_name(layer))))
+
+    tokens = works[0].written - there("tokens/*/{}.npy*")
+    saes = works[1].written - there(f"saes/{saes_folder(out, training).name}/{{}}/model.safetensors")
     return {
-        "class tokens": max(0, sum(tokens.values()) - there), "SAEs": missing * sae,
-        "an SAE's training state": 3 * sae * (missing > 0), "tables and figures": 15_000_000,
+        "class tokens": max(0, tokens), "SAEs": saes, "an SAE's training state": 3 * works[1].written // len(layers) * (saes > 0),
+        "tables and figures": RESULT_BYTES,
     }
+
+
+RESULT_BYTES = 15_000_000
 
 
 def training_of(settings, rows: int) -> Training:
@@ -1262,12 +1541,19 @@ def run(settings: argparse.Namespace) -> None:
     data = settings.data or os.environ.get("IMAGENET_DIR") or ("imagenet" if Path("imagenet").is_dir() else None)
     demo = data is None
     with ExitStack() as stack:
+        if settings.push_to_hub and settings.saes:
+            raise InputError("--push-to-hub is for SAEs that this run trains: leave out --saes")
+        hub = open_hub(settings.push_to_hub) if settings.push_to_hub and RANK == 0 and not settings.plan else None
+        if RANK > 0 and settings.plan:
+            return
         if RANK > 0:
             wait_for_all()  # until the first process has found all as it should be, and made the demo
         if demo:
             if settings.backbone or settings.hub:
                 raise InputError("--backbone and --hub need images: give --data (the built-in demo brings its own ViT)")
             out = Path(settings.out or "runs/demo")
+            if settings.plan:
+                return plan_demo(settings)
             print(f"{DEMO_NOTE}\n\n[1/4] images, ViT and class tokens")
             stack.enter_context(room(out, {"the demo": 60_000_000}))
             if RANK == 0:
@@ -1277,7 +1563,7 @@ def run(settings: argparse.Namespace) -> None:
         else:
             settings.backbone, settings.hub = settings.backbone or "dinov2_vitg14", settings.hub or HUB
             out = Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
-            print("[1/4] images and class tokens")
+            print("[1/4] images and class tokens" if not settings.plan else "A plan: nothing is written.")
         train, val, classes, remarks = find_images(data, settings.images_per_class)
         splits = {"train": train, "val": val}
         tree = Taxonomy.from_wnids(classes)
@@ -1290,36 +1576,53 @@ def run(settings: argparse.Namespace) -> None:
             raise InputError(f"--batch-size {settings.batch_size} is above the number of training images, {len(train)}")
         model, transform = open_backbone(settings, out)
         width, layers = model.cls_token.shape[-1], parse_layers(settings.layers, len(blocks_of(model)))
-        needed = disk_needed(out, training_of(settings, len(train)), splits, layers, width)
+        training = training_of(settings, len(train))
+        works = plan(model, transform, {name: len(split) for name, split in splits.items()}, len(classes), layers, training)
+        if settings.plan:
+            images = _Decoded(train, transform)
+            read = [functools.partial(images.__getitem__, i) for i in range(min(16, len(train)))]
+            works = try_out(settings, works, model, transform, read, len(train), len(val), tree, layers, training)
+        print(plan_table([work for work in works if not (settings.saes and work.part == "SAEs")]))
+        if settings.plan:
+            print(peak_memory(settings.device, model, len(train)))
+            return
+        needed = still_to_write(out, works, training, layers)
+        if settings.saes:
+            needed |= {"SAEs": 0, "an SAE's training state": 0}
         stack.enter_context(room(out, needed))
         if RANK == 0:
             if not demo:
                 stack.enter_context(held(out))
             wait_for_all()
-        print(f"      {len(layers)} layers of width {width}; still to be written: {size(sum(needed.values()))}")
+        print(f"      still to be written: {size(sum(needed.values()))}")
+        saes = fetch_saes(settings, out, layers, width) if settings.saes else None
         images = {"fingerprint of images": fingerprint(train, val), "train images": len(train), "val images": len(val)}
         made_from = {**images, "classes": len(classes), **identify(model, transform, settings.backbone)}
         recorded = record_tokens(settings, out, model, transform, splits, layers, made_from)
         del model  # whose memory the SAEs may need
         finished("tokens")
 
-        training = training_of(settings, len(train) - len(recorded["left_out"]["train"]))
-        print(f"[2/4] sparse autoencoders: {training.inputs} inputs, λ = {training.l1}, {training.epochs} epochs, batch "
-              f"{training.batch_size}, {training.precision}")
-        about = {"backbone": settings.backbone, "hub": settings.hub, "images": images["fingerprint of images"]}
-        saes = train_saes(settings, out, training, layers, about, recorded)
+        if saes:
+            print(f"[2/4] published sparse autoencoders: {settings.saes}")
+        else:
+            training = training_of(settings, len(train) - len(recorded["left_out"]["train"]))
+            settings.batch_size = training.batch_size
+            print(f"[2/4] sparse autoencoders: {training.inputs} inputs, λ = {training.l1}, {training.epochs} epochs, batch "
+                  f"{training.batch_size}, {training.precision}")
+            about = {"backbone": settings.backbone, "hub": settings.hub, "images": images["fingerprint of images"]}
+            saes = train_saes(settings, out, training, layers, about, recorded)
         finished("saes")
 
         print("[3/4] scores: reconstruction, probe, hierarchy")
         for layer in tqdm(layers[RANK::WORLD], "      layers", unit="layer", disable=RANK > 0):
-            score_layer(settings, out, saes[layer], training, tree, layer, recorded)
+            score_layer(settings, out, saes[layer], tree, layer, recorded)
         wait_for_all()
         finished("scores")
         if RANK > 0:
             return
 
         print("[4/4] tables, figures, report")
-        scores = [score_layer(settings, out, saes[layer], training, tree, layer, recorded) for layer in layers]  # as kept
+        scores = [score_layer(settings, out, saes[layer], tree, layer, recorded) for layer in layers]  # as kept
         by_layer = [score["layers"] for score in scores]
         hierarchy = [row for score in scores for row in score["hierarchy"]]
         agreement, agreement_shuffled = (consistency(scores, labels) for labels in ("true", "shuffled"))
@@ -1329,12 +1632,12 @@ def run(settings: argparse.Namespace) -> None:
         chosen = named_latents(hypernyms)
         pictures = draw_latents(settings, out, saes, recorded, val, scores, chosen)
         record = {
-            "settings": {**vars(settings), "data": data, "out": str(out), "batch_size": training.batch_size},
+            "settings": {**vars(settings), "data": data, "out": str(out)},
             "made_from": made_from,
             "left_out": {name: len(left_out) for name, left_out in recorded["left_out"].items()},
             "versions": {name: version(name) for name in ("torch", "torchvision", "huggingface_hub", "nltk", "numpy")},
             "seconds": seconds,
-            "saes": str(saes_folder(out, training).relative_to(out)),
+            "saes": str(saes[layers[0]].parent.relative_to(out)),
             "layers": by_layer,
             "hierarchy": hierarchy,
             "hypernyms_possible": len(hypernyms),
@@ -1343,12 +1646,15 @@ def run(settings: argparse.Namespace) -> None:
             "agreement_shuffled": float(np.mean(off_diagonal)) if off_diagonal else math.nan,
             "claims": check_claims(by_layer, hierarchy, agreement, hypernyms),
         }
-        title = f"{settings.backbone} on {Path(data).resolve().name if not demo else 'drawn images'}, {settings.inputs} inputs"
+        title = f"{settings.backbone} on {Path(data).resolve().name if not demo else 'drawn images'}, "
+        title += f"SAEs from {settings.saes}" if settings.saes else f"{settings.inputs} inputs"
         note = DEMO_NOTE if demo else f"{len(train):,} training and {len(val):,} validation images of {len(classes):,} classes."
         note += f" {len(hypernyms)} hypernyms could be found."
         latents = [({**row, "coverage": best_of(scores, row)["coverage"]}, pictures[row["wnid"]]) for row in chosen]
         print("\n" + write_results(out / "results", title, note, record, agreement, hypernyms, tree, latents))
         print(f"\nDone in {time.time() - started:.0f} s. Tables and figures: {out / 'results'}; SAEs: {out / record['saes']}")
+        if hub:
+            push(hub, settings.push_to_hub, out, title, note, record, saes)
     if demo:
         print(DEMO_NOTE)
 

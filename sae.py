@@ -13,14 +13,15 @@ layer and at every width. They are kept inside the SAE: it takes raw tokens and 
 """
 import functools
 import re
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Iterator, NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 POOL_BYTES = 1 << 30  # tokens shuffled together in memory; a layer of ImageNet-1k at width 1536 is four such pools
@@ -138,6 +139,21 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, tags=["sparse-autoencod
         """raw tokens (B, n) -> their reconstruction (B, n), latents (B, m)"""
         z = self.encode(x)
         return self.decode(z), z
+
+    @classmethod
+    def from_pretrained(cls, name, *, subfolder: str = "", revision: str | None = None, **more) -> "SparseAutoencoder":
+        """From a folder, or from the Hub's USER/NAME: from_pretrained("USER/NAME", subfolder="layer_11").
+
+        Raises SAEError where there is no SAE, and what huggingface_hub raises where the Hub cannot be reached.
+        """
+        folder = Path(name, subfolder)
+        if not Path(name).is_dir():  # only the files that are needed, and no pickle
+            wanted = [str(PurePosixPath(subfolder, file)) for file in ("config.json", "model.safetensors")]
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted), subfolder)
+        if not (folder / "model.safetensors").is_file():
+            raise SAEError(f"there is no SAE at {PurePosixPath(str(name), subfolder)}")
+        with redirect_stdout(None):  # the mixin prints
+            return super().from_pretrained(folder, **more)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # in place of the mixin's own, whose full disk is a SafetensorError and no OSError

@@ -55,8 +55,10 @@ def start(folder: Path, data: Path, log: Path, roomy: bool = False) -> int:
 
 def run(data: Path) -> int:
     reproduce.COMMIT_SECONDS, reproduce.IMAGES_PER_STEP = 0, 16  # commit after every batch, every epoch
-    return reproduce.main(["--data", f"{data}/images", "--hub", f"{data}/hub", "--backbone", "small_vit", "--out", "out", "--top-k",
-                           "4", "--epochs", str(EPOCHS), "--device", "cpu"])
+    return reproduce.main([
+        "--data", f"{data}/images", "--hub", f"{data}/hub", "--backbone", "small_vit", "--out", "out", "--top-k", "4",
+        "--epochs", str(EPOCHS), "--device", "cpu",
+    ])
 
 
 def finish(pid: int) -> int:
@@ -67,7 +69,8 @@ def results(out: Path) -> dict:
     record = json.loads((out / "results/results.json").read_text())
     del record["seconds"]
     files = [*out.glob("saes/*/*/model.safetensors"), *out.glob("tokens/*/*.npy")]
-    return {"results.json": record} | {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    hashes = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {"results.json": record, **hashes}
 
 
 def kept(out: Path) -> list[int]:
@@ -211,8 +214,10 @@ def soak(folder: Path, data: Path, runs: int = 50) -> None:
             assert run(data) == 0
             seen.append((memory(), len(os.listdir("/proc/self/fd")), files()))
         tenth, last = seen[9], seen[-1]
-        os.write(out, (f"{runs} whole runs in one process, after the 10th and the last: memory {tenth[0] / 1e3:.0f} and {last[0] / 1e3:.0f} MB, "
-                       f"open handles {tenth[1]} and {last[1]}, files {tenth[2][0]} and {last[2][0]}\n").encode())
+        os.write(out, (
+            f"{runs} whole runs in one process, after the 10th and the last: memory {tenth[0] / 1e3:.0f} and "
+            f"{last[0] / 1e3:.0f} MB, open handles {tenth[1]} and {last[1]}, files {tenth[2][0]} and {last[2][0]}\n"
+        ).encode())
         os._exit(not (last[1] <= tenth[1] and last[2] == tenth[2] and last[0] < 1.03 * tenth[0]))
     assert finish(pid) == 0, "growth"
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,6 +220,25 @@ def test_whole_run(data, hub, capsys):
     assert float(layers[1]["fvu"]) == pytest.approx(float(fvu), rel=1e-4)
 
 
+@pytest.mark.parametrize("more", [[], ["--layers", "1", "--images-per-class", "7", "--expansion", "3"]])
+def test_the_plan_is_what_is_written(data, hub, capsys, monkeypatch, more):
+    monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
+    assert reproduce_here(data, hub, "--plan", *more) == 0
+    table = capsys.readouterr().out
+    assert os.listdir(".") == [] and "time here" in table and "peak memory: " in table
+    works, plan = [], reproduce.plan
+    monkeypatch.setattr(reproduce, "plan", lambda *of: works.append(plan(*of)) or works[-1])
+    assert reproduce_here(data, hub, *more) == 0
+    tokens, saes = works[0][:2]
+    written = lambda pattern: sum(path.stat().st_size for path in Path("out").glob(pattern))
+    assert (tokens.written, saes.written) == (written("tokens/*/*.npy"), written("saes/*/*/model.safetensors"))
+    assert reproduce.size(tokens.written) in table and reproduce.size(saes.written) in table
+    # by hand: a ViT of 3 blocks of width 16 on 4 x 4 patches of 56 x 56 and a class token
+    N, n, M = 17, 16, 16 * 3 * 56 * 56
+    an_image = 2 * (16 * M + 3 * (12 * n * n * N + 2 * N * N * n) + 2 * n)
+    assert tokens.flop == an_image * (len(np.load("out/tokens/train/ids.npy")) + 20)
+
+
 def snapshot(folder):
     return {os.path.join(at, f): os.stat(os.path.join(at, f)).st_mtime_ns for at, _, files in os.walk(folder) for f in files if f != "lock"}
 
@@ -227,7 +247,7 @@ def test_no_work_is_done_twice(data, hub, monkeypatch):
     assert reproduce_here(data, hub, "--layers", "0,2") == 0
     tokens, saes, tables = snapshot("out/tokens"), snapshot("out/saes"), open("out/results/tables.md").read()
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "record_split", None)
+        patch.setattr(reproduce, "record_share", None)
         patch.setattr(reproduce, "train_sae", None)
         patch.setattr(reproduce, "profile_latents", None)
         assert reproduce_here(data, hub, "--layers", "0,2") == 0
@@ -235,7 +255,7 @@ def test_no_work_is_done_twice(data, hub, monkeypatch):
         assert open("out/results/tables.md").read() == tables
 
     with monkeypatch.context() as patch:  # other scores need neither tokens nor training
-        patch.setattr(reproduce, "record_split", None)
+        patch.setattr(reproduce, "record_share", None)
         patch.setattr(reproduce, "train_sae", None)
         assert reproduce_here(data, hub, "--layers", "0,2", "--response-rate", "0.9") == 0
         assert snapshot("out/tokens") == tokens and snapshot("out/saes") != saes

