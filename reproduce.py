@@ -716,12 +716,15 @@ def train_saes(settings, out: Path, training: Training, layers: list[int], about
                 "code": code_of("sae")}
         for layer in layers
     }
+    training_file = lambda layer: parent / f"{layer_name(layer)}_training.npz"
     missing = [layer for layer in layers if not usable(folders[layer] / "sae.json", identities[layer])]
+    for layer in set(layers) - set(missing):
+        training_file(layer).unlink(missing_ok=True)
     mine = missing[RANK::WORLD]
     with tqdm(total=0, unit="step", disable=not mine or RANK > 0) as bar:
         for place, layer in enumerate(mine):
             bar.set_description(f"      layer {layer}")
-            saved, committed = parent / f"{layer_name(layer)}_training.npz", time.monotonic()
+            saved, committed = training_file(layer), time.monotonic()
 
             def progress(step, steps, loss):
                 bar.total = steps * len(mine)
@@ -1498,6 +1501,8 @@ def plan_table(works: list[Work]) -> str:
 
 def peak_memory(device: str, model, train: int) -> str:
     """After a trial: what it took at most, and the buffer, which it did without."""
+    if resource is None:
+        return "      peak memory: not told on this system"
     tokens = 2 * model.cls_token.shape[-1] * train
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     said = f"      peak memory: {size(host + (min(POOL_BYTES, tokens) if device == 'cpu' else POOL_BYTES))}"
@@ -1509,13 +1514,14 @@ def peak_memory(device: str, model, train: int) -> str:
 
 def still_to_write(out: Path, works: list[Work], training: Training, layers: list[int]) -> dict[str, int]:
     """Bytes of the plan that are not in the output folder yet, by part."""
-    def there(pattern):
-        return sum(path.stat().st_size for layer in layers for path in out.glob(pattern.format(layer_name(layer))))
+    def left(work, *patterns):
+        return max(0, work.written - sum(path.stat().st_size for pattern in patterns for path in out.glob(pattern)))
 
-    tokens = works[0].written - there("tokens/*/{}.npy*")
-    saes = works[1].written - there(f"saes/{saes_folder(out, training).name}/{{}}/model.safetensors")
+    names, folder = [layer_name(layer) for layer in layers], saes_folder(out, training).name
+    tokens = left(works[0], *(f"tokens/*/{name}.npy*" for name in (*names, "labels", "ids")))
+    saes = left(works[1], *(f"saes/{folder}/{name}/model.safetensors" for name in names))
     return {
-        "class tokens": max(0, tokens), "SAEs": saes, "an SAE's training state": 3 * works[1].written // len(layers) * (saes > 0),
+        "class tokens": tokens, "SAEs": saes, "an SAE's training state": 3 * works[1].written // len(layers) * (saes > 0),
         "tables and figures": RESULT_BYTES,
     }
 
