@@ -232,7 +232,7 @@ def check_identity(path: Path, known: dict, asked: dict) -> None:
     differing = [key for key in {**known, **asked} if known.get(key) != asked.get(key)]
     if differing:
         changes = "; ".join(f"{key} was {known.get(key)} and is now {asked.get(key)}" for key in differing)
-        raise Stale(f"{path.parent} was made with other settings ({changes})")
+        raise Stale(f"{path} was made with other settings ({changes})")
 
 
 def usable(path: Path, identity: dict) -> dict | None:
@@ -1290,9 +1290,11 @@ def write_report(path: Path, title: str, note: str, record: dict, figures: dict,
 
 
 REPORT_STYLE = """
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 56rem; margin: 1rem auto; padding: 0 1rem; color: #111; background: #fff }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 56rem; margin: 1rem auto; padding: 0 1rem }
+body { color: #111; background: #fff }
 h1 { font-size: 1.5rem; line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
-figure { margin: 1.5rem 0; break-inside: avoid } figcaption { color: #444; font-size: .9rem } img { max-width: 100%; height: auto }
+figure { margin: 1.5rem 0; break-inside: avoid } figcaption { color: #444; font-size: .9rem }
+img { max-width: 100%; height: auto }
 .wide { overflow-x: auto } .wide img { max-width: none; width: 56rem } table { border-collapse: collapse; font-size: .85rem }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; font-variant-numeric: tabular-nums }
 td:first-child { min-width: 7rem } th { background: #f3f3f3 } summary { font-weight: bold }
@@ -1521,7 +1523,8 @@ def still_to_write(out: Path, works: list[Work], training: Training, layers: lis
     tokens = left(works[0], *(f"tokens/*/{name}.npy*" for name in (*names, "labels", "ids")))
     saes = left(works[1], *(f"saes/{folder}/{name}/model.safetensors" for name in names))
     return {
-        "class tokens": tokens, "SAEs": saes, "an SAE's training state": 3 * works[1].written // len(layers) * (saes > 0),
+        "class tokens": tokens * (1 if WORLD == 1 else 2),  # shares, and then joined
+        "SAEs": saes, "an SAE's training state": 3 * works[1].written // len(layers) * (saes > 0),
         "tables and figures": RESULT_BYTES,
     }
 

@@ -4,7 +4,7 @@
     python tests/survival.py disk                  a disk that is full again and again (a small tmpfs; needs root)
     python tests/survival.py soak                  50 runs in one process, and 50 in as many
 
-A small real run: 4 classes of drawn images, a random ViT of 3 blocks, all four stages. Runs are forked from one process
+On Linux. A small real run: 4 classes of drawn images, a random ViT of 3 blocks, all four stages. Runs are forked from one process
 that has imported everything, so that a kill costs a second. Results are compared to the byte: results.json (seconds
 aside), the SAEs' weights, the recorded tokens.
 """

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import struct
 import tempfile
@@ -39,6 +38,7 @@ def no_figures(monkeypatch):
     monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
 
 
+resource = pytest.importorskip("resource", reason="no POSIX system")
 few = settings(max_examples=25, deadline=None)  # hypothesis' own examples for each property
 
 
