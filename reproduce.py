@@ -1496,7 +1496,8 @@ def plan_table(works: list[Work]) -> str:
     tried = works[-1].seconds is not None
     rows = [("", "on disk", "FLOP", "time here" if tried else "")]
     for work in (*works, whole):
-        lasts = "" if not tried else f"{work.seconds:.0f} s" if work.seconds < 600 else f"{work.seconds / 3600:.1f} h"
+        unit, count = next((u for u in (("h", 3600), ("min", 60)) if (work.seconds or 0) > 5 * u[1]), ("s", 1))
+        lasts = f"{work.seconds / count:.3g} {unit}" if tried else ""
         rows.append((work.part, size(work.written) if work.written else "–", f"{work.flop:.2g}" if work.flop else "–", lasts))
     return "\n".join(f"      {part:26}{disk:>10}{flop:>10}{lasts:>11}".rstrip() for part, disk, flop, lasts in rows)
 
