@@ -815,12 +815,12 @@ def on_the_hub(option: str, repo: str, action):
     try:
         return action()
     except Exception as error:  # huggingface_hub's own, and those of the HTTP library of its version
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status, said = getattr(getattr(error, "response", None), "status_code", None), str(error).partition("\n")[0]
         reason = {
             401: "the token is not valid, or the repository is not there: log in again with `hf auth login`",
             403: "the token may not do that: make one with the right to write, at https://huggingface.co/settings/tokens",
             404: "there is no such repository",
-        }.get(status, f"the Hub cannot be reached, or refuses ({type(error).__name__}: {str(error).splitlines()[0]})")
+        }.get(status, f"the Hub cannot be reached, or refuses ({type(error).__name__}: {said})")
         raise InputError(f"{option} {repo}: {reason}") from error
 
 
@@ -1619,7 +1619,8 @@ def run(settings: argparse.Namespace) -> None:
             settings.batch_size = training.batch_size
             print(f"[2/4] sparse autoencoders: {training.inputs} inputs, λ = {training.l1}, {training.epochs} epochs, batch "
                   f"{training.batch_size}, {training.precision}")
-            about = {"backbone": settings.backbone, "hub": settings.hub, "images": images["fingerprint of images"]}
+            about = {"backbone": settings.backbone, "images": images["fingerprint of images"]}
+            about["hub"] = "a local folder" if Path(settings.hub).is_dir() else settings.hub  # it may be published
             saes = train_saes(settings, out, training, layers, about, recorded)
         finished("saes")
 
@@ -1701,7 +1702,8 @@ def main(argv=None) -> int:
     except RuntimeError as error:
         if not re.search("DataLoader (worker|timed out)|allocate memory", str(error)):
             raise
-        message = (f"out of memory, or of shared memory for the processes that read images ({str(error).splitlines()[0]}): "
+        said = str(error).partition("\n")[0]
+        message = (f"out of memory, or of shared memory for the processes that read images ({said}): "
                    "lower --batch-size or --expansion, or end other programs; the same command goes on from here")
     print("error: " + " ".join(message.split("\n")), file=sys.stderr)
     return 2

@@ -77,6 +77,14 @@ def write_hub(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """They are most of a small run's time; test_reproduce.py's whole run has them drawn."""
+    import reproduce
+
+    monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
+
+
 def write_images(folder: Path, count: int, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, *folder.name.encode()])

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import reproduce
 from conftest import ROOT
 from test_reproduce import elsewhere, refused, reproduce_here  # noqa: F401
 
@@ -126,13 +125,15 @@ def test_published_loaded_and_scored(data, hub, tmp_path, server):
     address = f"http://127.0.0.1:{server.server_port}"
     publish = arguments(data, hub, "--out", "out", "--push-to-hub", "me/saes")
     score = arguments(data, hub, "--out", "scored", "--saes", "me/saes")
-    outcomes = at(address, tmp_path, (None, publish), ("wrong", publish), ("read", publish))
-    assert not Path("out").exists() and server.repos == {}  # told before anything was done
+    load = ["load", "me/saes", "layer_02"]
+    *outcomes, (code, said), (_, about), (scored, again), nothing, lacking = at(
+        address, tmp_path, (None, publish), ("wrong", publish), ("read", publish), ("write", publish), (None, load), (None, score),
+        (None, [*score[:-1], "me/nothing"]), (None, [*score, "--layers", "1"]),
+    )
     reasons = ["there is no token; log in with `hf auth login`", "the token is not valid", "the token may not do that"]
     assert all(words in sentence(outcome) for outcome, words in zip(outcomes, reasons))
+    assert not any("[1/4]" in said for _, said in outcomes)  # told before the work begins
 
-    load = ["load", "me/saes", "layer_02"]
-    (code, said), (_, about), (scored, again) = at(address, tmp_path, ("write", publish), (None, load), (None, score))
     assert code == 0 and "Published: https://huggingface.co/me/saes" in said, said
     files = server.repos["me/saes"]
     (saes,) = Path("out/saes").iterdir()
@@ -144,7 +145,8 @@ def test_published_loaded_and_scored(data, hub, tmp_path, server):
     card = files["README.md"].decode()
     assert card.startswith("---\nlicense: mit") and 'from_pretrained("me/saes", subfolder="layer_02")' in card
     assert "| layer | width |" in card and "| claim |" in card
-    assert not any(str(tmp_path).encode() in content for content in files.values())  # nothing of this machine
+    for path in (tmp_path, hub):  # nothing of this machine
+        assert not any(str(path).encode() in content for content in files.values())
 
     assert "'layer': 2" in about and "'backbone': 'small_vit'" in about
     assert scored == 0, again
@@ -152,16 +154,15 @@ def test_published_loaded_and_scored(data, hub, tmp_path, server):
     assert all(found[key] == expected[key] for key in ("layers", "hierarchy", "hypernyms", "consistency", "claims"))
     assert not list(Path("scored/saes").glob("expansion*"))  # nothing was trained
 
-    wrong = at(address, tmp_path, (None, [*score[:-1], "me/nothing"]), (None, [*score, "--layers", "1"]))
-    assert "--saes me/nothing" in sentence(wrong[0])
-    assert "has no layer_01, only layer_00, layer_02: give --layers" in sentence(wrong[1])
+    assert "--saes me/nothing" in sentence(nothing)
+    assert "has no layer_01, only layer_00, layer_02: give --layers" in sentence(lacking)
     shutil.rmtree(tmp_path / "hf")
     offline = at("http://127.0.0.1:9", tmp_path, ("write", publish), (None, score))
     assert all("the Hub cannot be reached" in sentence(outcome) for outcome in offline)
 
 
-def test_saes_from_a_folder(data, hub, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
+@pytest.mark.usefixtures("no_figures")
+def test_saes_from_a_folder(data, hub, capsys):
     assert reproduce_here(data, hub) == 0
     (saes,) = Path("out/saes").iterdir()
     assert reproduce_here(data, hub, "--saes", str(saes), "--out", "scored") == 0

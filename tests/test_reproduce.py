@@ -221,8 +221,8 @@ def test_whole_run(data, hub, capsys):
 
 
 @pytest.mark.parametrize("more", [[], ["--layers", "1", "--images-per-class", "7", "--expansion", "3"]])
+@pytest.mark.usefixtures("no_figures")
 def test_the_plan_is_what_is_written(data, hub, capsys, monkeypatch, more):
-    monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
     assert reproduce_here(data, hub, "--plan", *more) == 0
     table = capsys.readouterr().out
     assert os.listdir(".") == [] and "time here" in table and "peak memory: " in table
@@ -243,6 +243,7 @@ def snapshot(folder):
     return {os.path.join(at, f): os.stat(os.path.join(at, f)).st_mtime_ns for at, _, files in os.walk(folder) for f in files if f != "lock"}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_no_work_is_done_twice(data, hub, monkeypatch):
     assert reproduce_here(data, hub, "--layers", "0,2") == 0
     tokens, saes, tables = snapshot("out/tokens"), snapshot("out/saes"), open("out/results/tables.md").read()
@@ -276,6 +277,7 @@ def test_one_layer_and_two_classes(data, hub):
     assert os.path.getsize("out/results/report.html") > 10_000
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_raw_inputs(data, hub):
     assert reproduce_here(data, hub, "--inputs", "raw") == 0
     (folder,) = os.listdir("out/saes")
@@ -422,6 +424,7 @@ def test_bad_data(capsys, data, hub, tmp_path):
     assert not os.path.exists("out")
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("content", [b"", b"this is text", None])
 def test_bad_images(capsys, data, hub, content):
     bad = data / "train" / WNIDS[1] / "03.png"
@@ -450,6 +453,7 @@ def test_bad_choices(capsys, data, hub, monkeypatch):
     assert not os.path.exists("out")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_folder_of_other_settings(capsys, data, hub):
     assert reproduce_here(data, hub) == 0
     before = snapshot("out")
@@ -470,6 +474,7 @@ def test_out_of_gpu_memory(capsys, data, hub, monkeypatch):
     assert len(np.load("out/tokens/train/layer_02.npy")) == 48
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_layer_without_a_living_latent_is_a_gap_and_no_error(data, hub):
     assert reproduce_here(data, hub, "--inputs", "raw", "--l1", "1000", "--lr", "0.1", "--epochs", "50") == 0
     first = open("out/results/hierarchy.csv").read()

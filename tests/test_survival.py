@@ -30,14 +30,9 @@ from taxonomy import Synset, Taxonomy
 from test_reproduce import elsewhere, refused, snapshot  # noqa: F401
 from test_taxonomy import check_against_brute_force
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 resource = pytest.importorskip("resource", reason="no POSIX system")
 few = settings(max_examples=25, deadline=None)  # hypothesis' own examples for each property
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """They are most of a small run's time, and test_reproduce.py has them drawn."""
-    monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
 
 
 def arguments(data, hub, *more):
