@@ -58,15 +58,15 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dinov2_hooks import (
-    HUB, Attention, BackboneError, Block, GrowingArray, SmallViT, blocks_of, checksum, class_tokens, eval_transform,
-    load_backbone, record_class_tokens, relevancy_maps,
+    HEADER, HUB, Attention, BackboneError, Block, GrowingArray, SmallViT, blocks_of, checksum, class_tokens,
+    eval_transform, load_backbone, record_class_tokens, relevancy_maps,
 )
 from metrics import (
     Profile, Scores, agreement_trend, linear_probe, neurons, probe_steps, profile_latents, reconstruction, rising_trend,
     score_hierarchy,
 )
 from sae import (
-    POOL_BYTES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fast_precision,
+    POOL_BYTES, SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fast_precision,
     fitting_batch_size, new_sae, train_sae,
 )
 from taxonomy import Taxonomy, TaxonomyError
@@ -254,6 +254,19 @@ def code_of(*parts) -> str:
 
     code = "\n".join(re.sub(r"\s*(#.*)?$", "", source(part), flags=re.M).strip() for part in parts)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def now_and_then(write):
+    """`write`, which then does nothing when called again within COMMIT_SECONDS."""
+    last = time.monotonic()
+
+    def commit(state):
+        nonlocal last
+        if time.monotonic() - last >= COMMIT_SECONDS:
+            write(state)
+            last = time.monotonic()
+
+    return commit
 
 
 def wait_for_all() -> None:
@@ -652,7 +665,7 @@ def record_share(settings, folder: Path, model, transform, split: Split, layers:
     state = usable(folder / "pass.json", identity) or {"seen": start, "left_out": [], "written": None, "checksums": None}
     if state["checksums"]:
         return
-    seen, left_out, committed = state["seen"], state["left_out"], time.monotonic()
+    seen, left_out = state["seen"], state["left_out"]
 
     def batches():
         nonlocal seen
@@ -668,11 +681,9 @@ def record_share(settings, folder: Path, model, transform, split: Split, layers:
             if len(ids):
                 yield images, labels, ids
 
+    @now_and_then
     def commit(written):
-        nonlocal committed
-        if time.monotonic() - committed >= COMMIT_SECONDS:
-            write_record(folder / "pass.json", identity, seen=seen, left_out=left_out, written=written(), checksums=None)
-            committed = time.monotonic()
+        write_record(folder / "pass.json", identity, seen=seen, left_out=left_out, written=written(), checksums=None)
 
     title = f"      {(folder if WORLD == 1 else folder.parent).name}"
     with tqdm(total=end - start, initial=seen - start, desc=title, unit="image", disable=RANK > 0) as bar:
@@ -686,7 +697,7 @@ def join_arrays(parts: dict[Path, int], to: Path) -> int:
     for path, crc in parts.items():
         if checksum(path) != crc:
             raise InputError(f"{path} is damaged: delete {path.parent}, and the same command records it anew")
-    arrays = [np.load(path, mmap_mode="r") for path in parts if path.stat().st_size > 128]  # 128: no rows
+    arrays = [np.load(path, mmap_mode="r") for path in parts if path.stat().st_size > HEADER]  # else it has no rows
     joined = GrowingArray(to, arrays[0].dtype, arrays[0].shape[1:])
     for array in arrays:
         for start in range(0, len(array), 8192):
@@ -711,9 +722,9 @@ def train_saes(settings, out: Path, training: Training, layers: list[int], about
     """Stage 2: one SAE a layer; returns their folders by layer, which are named by what the SAEs were trained with."""
     parent = saes_folder(out, training)
     folders = {layer: parent / layer_name(layer) for layer in layers}
+    code = code_of("sae")
     identities = {
-        layer: {**asdict(training), "layer": layer, "tokens": recorded["tokens"][f"train/{layer_name(layer)}.npy"],
-                "code": code_of("sae")}
+        layer: {**asdict(training), "layer": layer, "tokens": recorded["tokens"][f"train/{layer_name(layer)}.npy"], "code": code}
         for layer in layers
     }
     training_file = lambda layer: parent / f"{layer_name(layer)}_training.npz"
@@ -724,17 +735,15 @@ def train_saes(settings, out: Path, training: Training, layers: list[int], about
     with tqdm(total=0, unit="step", disable=not mine or RANK > 0) as bar:
         for place, layer in enumerate(mine):
             bar.set_description(f"      layer {layer}")
-            saved, committed = training_file(layer), time.monotonic()
+            saved = training_file(layer)
 
             def progress(step, steps, loss):
                 bar.total = steps * len(mine)
                 bar.update(steps * place + step - bar.n)
 
+            @now_and_then
             def checkpoint(state):
-                nonlocal committed
-                if time.monotonic() - committed >= COMMIT_SECONDS:
-                    write_arrays(saved, identities[layer], {name: tensor.cpu().numpy() for name, tensor in state.items()})
-                    committed = time.monotonic()
+                write_arrays(saved, identities[layer], {name: tensor.cpu().numpy() for name, tensor in state.items()})
 
             state = read_arrays(saved, identities[layer])
             state = state and {name: torch.from_numpy(array) for name, array in state.items()}
@@ -777,7 +786,7 @@ def fetch_saes(settings, out: Path, layers: list[int], width: int) -> dict[int, 
     """Instead of stage 2: published SAEs, from a folder or the Hub, copied beside the run's own; their folders by layer."""
     source = Path(settings.saes).expanduser()
     if not source.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.saes):
+        if not re.fullmatch(HUB_NAME, settings.saes):
             raise InputError(f"--saes {settings.saes}: no such folder, and not of the form USER/NAME on the Hub")
         wanted = [f"{layer_name(layer)}/{file}" for layer in layers for file in SAE_FILES]
         source = Path(on_the_hub("--saes", settings.saes, lambda: snapshot_download(settings.saes, allow_patterns=wanted)))
@@ -826,7 +835,7 @@ def on_the_hub(option: str, repo: str, action):
 
 def open_hub(repo: str) -> HfApi:
     """The Hub, where the right to write to `repo` has been tried: before the hours are spent."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not re.fullmatch(HUB_NAME, repo):
         raise InputError(f"--push-to-hub {repo}: give USER/NAME")
     if get_token() is None:
         raise InputError(f"--push-to-hub {repo}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
@@ -853,7 +862,7 @@ def push(api, repo: str, out: Path, title: str, note: str, record: dict, saes: d
     print(f"\nPublished: https://huggingface.co/{repo}")
 
 
-SAE_FILES = ("config.json", "model.safetensors")
+HUB_NAME = r"[\w.-]+/[\w.-]+"  # USER/NAME
 MODEL_CARD = """---
 license: mit
 tags: [sparse-autoencoder, vision, hierarchy]
@@ -1382,7 +1391,7 @@ def plan(model, transform, counts: dict[str, int], classes: int, layers: list[in
     with torch.device("meta"):  # shapes only
         sae = safetensors_bytes(SparseAutoencoder(n, m).state_dict())
     return [
-        Work("class tokens", sum(L * (128 + 2 * n * count) + 2 * (128 + 8 * count) for count in counts.values()),
+        Work("class tokens", sum(L * (HEADER + 2 * n * count) + 2 * (HEADER + 8 * count) for count in counts.values()),
              images * one_image.get_total_flops()),
         Work("SAEs", L * sae, L * training.epochs * (train // training.batch_size) * training.batch_size * 10 * n * m),
         Work("scores", None, L * (val * 8 * n * m + epochs * steps * 256 * 6 * n * classes)),  # four passes of 2nm; the probe

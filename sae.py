@@ -25,6 +25,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 POOL_BYTES = 1 << 30  # tokens shuffled together in memory; a layer of ImageNet-1k at width 1536 is four such pools
+SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
 
 class SAEError(ValueError):
@@ -148,7 +149,7 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, tags=["sparse-autoencod
         """
         folder = Path(name, subfolder)
         if not Path(name).is_dir():  # only the files that are needed, and no pickle
-            wanted = [str(PurePosixPath(subfolder, file)) for file in ("config.json", "model.safetensors")]
+            wanted = [str(PurePosixPath(subfolder, file)) for file in SAE_FILES]
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted), subfolder)
         if not (folder / "model.safetensors").is_file():
             raise SAEError(f"there is no SAE at {PurePosixPath(str(name), subfolder)}")

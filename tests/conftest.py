@@ -1,4 +1,5 @@
 """What several test files share: a local torch.hub repository, folders of small images, WordNet, DINOv2's own code."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -83,6 +84,16 @@ def no_figures(monkeypatch):
     import reproduce
 
     monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
+
+
+def results(out="out", aside=()):
+    """results.json without seconds and the settings `aside`, and SAEs and tokens by name: what runs alike must have alike."""
+    record = json.loads(Path(out, "results/results.json").read_text())
+    for where, keys in [(record, ["seconds"]), (record["settings"], aside)]:
+        for key in keys:
+            del where[key]
+    files = [*Path(out).glob("saes/*/*/model.safetensors"), *Path(out).glob("tokens/*/*.npy")]
+    return record, {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:

@@ -11,7 +11,6 @@ aside), the SAEs' weights, the recorded tokens.
 import argparse
 import collections
 import gc
-import hashlib
 import json
 import os
 import random
@@ -29,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
-from conftest import WNIDS, write_hub, write_images
+from conftest import WNIDS, results, write_hub, write_images
 
 EPOCHS = 12
 STAGES = ["before", "tokens", "SAEs", "scores", "results"]
@@ -63,14 +62,6 @@ def run(data: Path) -> int:
 
 def finish(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def results(out: Path) -> dict:
-    record = json.loads((out / "results/results.json").read_text())
-    del record["seconds"]
-    files = [*out.glob("saes/*/*/model.safetensors"), *out.glob("tokens/*/*.npy")]
-    hashes = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return {"results.json": record, **hashes}
 
 
 def kept(out: Path) -> list[int]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import reproduce
 import taxonomy
-from conftest import WNIDS, write_images
+from conftest import WNIDS, results, write_images
 from dinov2_hooks import GrowingArray, checksum
 from reproduce import InputError, main, parse_layers
 from sae import ActivationBuffer, Training, train_sae
@@ -32,19 +32,13 @@ from test_taxonomy import check_against_brute_force
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 resource = pytest.importorskip("resource", reason="no POSIX system")
+MOVED = ("data", "hub")  # settings that name another place with the same in it
 few = settings(max_examples=25, deadline=None)  # hypothesis' own examples for each property
 
 
 def arguments(data, hub, *more):
     return ["--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--out", "out", "--top-k", "4", "--epochs", "3",
             "--device", "cpu", *more]
-
-
-def results():
-    record = json.loads(Path("out/results/results.json").read_text())
-    del record["seconds"], record["settings"]["data"], record["settings"]["hub"]
-    files = [*Path("out").glob("saes/*/*/model.safetensors"), *Path("out").glob("tokens/*/*.npy")]
-    return record, {str(path): path.read_bytes() for path in files}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +55,7 @@ def test_killed_after_every_few_writes(data, hub, monkeypatch, writes):
     monkeypatch.setattr(reproduce, "IMAGES_PER_STEP", 8)
     run = arguments(data, hub, "--layers", "0,2")
     assert main(run) == 0
-    expected, whole, kills = results(), reproduce.whole, 0
+    expected, whole, kills = results(aside=MOVED), reproduce.whole, 0
     shutil.rmtree("out")
     while True:
         count = itertools.count()
@@ -79,7 +73,7 @@ def test_killed_after_every_few_writes(data, hub, monkeypatch, writes):
             except Killed:
                 kills += 1
     assert kills >= 20 // writes
-    assert results() == expected
+    assert results(aside=MOVED) == expected
     assert not [*Path("out").rglob("*.part"), *Path("out").rglob("*.npz"), *Path("out").rglob("pass.json")]
 
 
@@ -157,7 +151,7 @@ def done(data, hub, finished):
     else:
         assert main(run) == 0
         shutil.copytree("out", finished / "out")
-    return run, results()
+    return run, results(aside=MOVED)
 
 
 def flip(path, place=0.5):
@@ -182,7 +176,7 @@ def test_damaged_saes_and_scores_are_made_again(done, capsys, name, damage):
     capsys.readouterr()
     assert main(run) == 0
     assert f"{name} is damaged: it is made again" in capsys.readouterr().out
-    assert results() == expected
+    assert results(aside=MOVED) == expected
 
 
 @pytest.mark.parametrize("name", ["train/layer_01.npy", "val/layer_01.npy", "train/labels.npy", "val/ids.npy"])
@@ -193,7 +187,7 @@ def test_damaged_tokens_are_refused_by_name_and_recorded_anew_once_deleted(done,
     shutil.rmtree("out/saes")
     refused(capsys, run, f"out/tokens/{name} is damaged: delete it, and the same command records it anew")
     Path("out/tokens", name).unlink()
-    assert main(run) == 0 and results() == expected
+    assert main(run) == 0 and results(aside=MOVED) == expected
 
 
 def test_damaged_record_of_tokens_is_refused(done, capsys):
@@ -227,7 +221,7 @@ def test_weights_are_never_unpickled(done):
     (path,) = Path("out").glob(SAE + "model.safetensors")
     path.write_bytes(pickle.dumps(Trap()))
     (path.parent / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    assert main(run) == 0 and results() == expected and not os.path.exists("sprung")
+    assert main(run) == 0 and results(aside=MOVED) == expected and not os.path.exists("sprung")
 
 
 def rewrite(hub, change):
@@ -260,7 +254,7 @@ def test_other_code_makes_it_again_and_says_so(done, capsys, monkeypatch):
         assert main(done[0]) == 0
         printed = capsys.readouterr().out
         assert "(code was" in printed and "made again" in printed
-        assert results() == done[1]
+        assert results(aside=MOVED) == done[1]
 
 
 def test_comments_are_no_code():
@@ -310,7 +304,7 @@ def test_a_file_size_limit_is_told_with_what_is_needed_and_resumed_from(done, ca
         refused(capsys, run, "the disk is full", *words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert main(run) == 0 and results() == expected
+    assert main(run) == 0 and results(aside=MOVED) == expected
 
 
 def test_a_run_writes_nowhere_else(data, hub, tmp_path):
@@ -383,7 +377,7 @@ def test_odd_images_that_are_images(data, hub):
         put(data / "val" / WNIDS[1], name, content)
     run = arguments(data, hub, "--layers", "last")
     assert main(run) == 0
-    expected, split = results(), reproduce.find_images(str(data), None)[1]
+    expected, split = results(aside=MOVED), reproduce.find_images(str(data), None)[1]
     tokens = np.load("out/tokens/val/layer_02.npy")
     assert len(tokens) == 20 + len(ODD) and not os.path.exists("x")
     rows = {os.path.basename(name): row.tobytes() for name, row in zip(split.names, tokens)}
@@ -392,7 +386,7 @@ def test_odd_images_that_are_images(data, hub):
     assert len({rows[name] for name in same}) == 1  # one picture under many names
     assert rows["animated.png"] == rows["animated.webp"] == rows[same[0]]  # of several frames the first, which is that picture
     assert "<script" not in Path("out/results/report.html").read_text(encoding="utf-8")
-    assert main(run) == 0 and results() == expected
+    assert main(run) == 0 and results(aside=MOVED) == expected
 
 
 @pytest.mark.parametrize("name", NONE)
@@ -405,7 +399,7 @@ def test_images_that_are_none(data, hub, capsys, name):
 def test_images_that_are_none_are_left_out_if_asked(data, hub, capsys):
     run = arguments(data, hub, "--layers", "last")
     assert main(run) == 0
-    expected = results()[1]
+    expected = results(aside=MOVED)[1]
     for name, (content, _) in NONE.items():
         put(data / "train" / WNIDS[1], name, content)
     assert main([*run, "--skip-bad-images", "--out", "skipped"]) == 0
@@ -550,10 +544,10 @@ def test_bad_hubs(data, tmp_path, capsys, text, words):
 
 def test_blocks_in_chunks_are_the_same_blocks(data, hub):
     assert main(arguments(data, hub)) == 0
-    expected = results()[1]
+    expected = results(aside=MOVED)[1]
     assert main(arguments(data, hub, "--backbone", "chunked_vit", "--out", "chunked")) == 0
     for path, content in expected.items():
-        assert Path(path.replace("out/", "chunked/")).read_bytes() == content
+        assert Path("chunked", path).read_bytes() == content
 
 
 def test_an_sae_of_another_width_is_not_taken(done, capsys):
@@ -564,10 +558,10 @@ def test_an_sae_of_another_width_is_not_taken(done, capsys):
     shutil.rmtree(folder)
     shutil.copytree(other, folder)
     capsys.readouterr()
-    assert main(run) == 0 and results() == expected
+    assert main(run) == 0 and results(aside=MOVED) == expected
     assert "expansion was 2 and is now 8" in capsys.readouterr().out
     (folder / "sae.json").unlink()  # a folder that says nothing of itself
-    assert main(run) == 0 and results() == expected
+    assert main(run) == 0 and results(aside=MOVED) == expected
     assert load_file(folder / "model.safetensors")["W_dec"].shape == (128, 16)
 
 

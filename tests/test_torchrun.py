@@ -1,5 +1,4 @@
 """Several processes under torchrun: the results of one, whatever is killed, and one sentence if one of them fails."""
-import json
 import os
 import random
 import signal
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, WNIDS, write_images
+from conftest import ROOT, WNIDS, results, write_images
 from reproduce import find_images
 
 
@@ -28,13 +27,6 @@ def start(data, hub, processes, *more, out="out"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, *run], env=environment, start_new_session=True, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def results(out):
-    record = json.loads(Path(out, "results/results.json").read_text())
-    del record["seconds"], record["settings"]["out"]
-    files = [*Path(out).glob("saes/*/*/*.safetensors"), *Path(out).glob("tokens/*/*.npy")]
-    return record, {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +54,7 @@ def test_killed_again_and_again_two_processes_come_to_the_results_of_one(work, h
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert said.count("[4/4]") == 1  # one of them speaks
-    assert results("out") == results("one")
+    assert results("out", ["out"]) == results("one", ["out"])
     assert not [*Path("out").rglob("rank_*"), *Path("out").rglob("*.part"), *Path("out").rglob("pass.json")]
 
 
