@@ -66,8 +66,8 @@ from metrics import (
     score_hierarchy,
 )
 from sae import (
-    POOL_BYTES, SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fast_precision,
-    fitting_batch_size, new_sae, train_sae,
+    SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fast_precision,
+    fitting_batch_size, new_sae, pool_bytes, together, train_together,
 )
 from taxonomy import Taxonomy, TaxonomyError
 
@@ -718,11 +718,13 @@ def saes_folder(out: Path, training: Training) -> Path:
     return out / "saes" / "_".join(f"{key}-{value}" for key, value in asdict(training).items())
 
 
-def train_saes(settings, out: Path, training: Training, layers: list[int], about: dict, recorded: dict) -> dict[int, Path]:
-    """Stage 2: one SAE a layer; returns their folders by layer, which are named by what the SAEs were trained with."""
-    parent = saes_folder(out, training)
+def train_saes(
+    settings, out: Path, training: Training, at_once: int, layers: list[int], about: dict, recorded: dict
+) -> dict[int, Path]:
+    """Stage 2: one SAE a layer, `at_once` layers in one step; returns the SAEs' folders by layer. These lie in one that is
+    named by the settings of the training."""
+    parent, code = saes_folder(out, training), code_of("sae")
     folders = {layer: parent / layer_name(layer) for layer in layers}
-    code = code_of("sae")
     identities = {
         layer: {**asdict(training), "layer": layer, "tokens": recorded["tokens"][f"train/{layer_name(layer)}.npy"], "code": code}
         for layer in layers
@@ -733,49 +735,47 @@ def train_saes(settings, out: Path, training: Training, layers: list[int], about
         training_file(layer).unlink(missing_ok=True)
     mine = missing[RANK::WORLD]
     with tqdm(total=0, unit="step", disable=not mine or RANK > 0) as bar:
-        for place, layer in enumerate(mine):
-            bar.set_description(f"      layer {layer}")
-            saved = training_file(layer)
+        for place in range(0, len(mine), at_once):
+            group = mine[place : place + at_once]
+            bar.set_description(f"      layer {group[0]}" + f" to {group[-1]}" * (len(group) > 1))
+            saved = training_file(group[-1])  # whose SAE is the last to be written: as long as one lacks, the state is kept
+            theirs = {layer_name(layer): identities[layer] for layer in group}
 
             def progress(step, steps, loss):
                 bar.total = steps * len(mine)
-                bar.update(steps * place + step - bar.n)
+                bar.update(steps * place + step * len(group) - bar.n)
 
-            @now_and_then
-            def checkpoint(state):
-                write_arrays(saved, identities[layer], {name: tensor.cpu().numpy() for name, tensor in state.items()})
-
-            state = read_arrays(saved, identities[layer])
-            state = state and {name: torch.from_numpy(array) for name, array in state.items()}
-            buffer = ActivationBuffer(intact(out, recorded, f"train/{layer_name(layer)}.npy"), settings.device)
-            try:
-                sae = train_sae(buffer, training, {**about, **asdict(training), "layer": layer}, progress, checkpoint, state)
-            except SAEError as error:
-                raise InputError(f"layer {layer}: {error}") from error
-            with whole(folders[layer]) as part:
-                sae.cpu().save_pretrained(part)
-                files = {path.name: checksum(path) for path in part.iterdir()}
-                write_record(part / "sae.json", identities[layer], files=files)
+            checkpoint = now_and_then(functools.partial(write_states, saved, theirs))
+            buffers = [ActivationBuffer(intact(out, recorded, f"train/{name}.npy"), settings.device) for name in theirs]
+            abouts = [{**about, **asdict(training), "layer": layer} for layer in group]
+            saes = train_together(buffers, training, abouts, progress, checkpoint, read_states(saved, theirs))
+            for layer, sae in zip(group, saes):
+                with whole(folders[layer]) as part:
+                    sae.cpu().save_pretrained(part)
+                    files = {path.name: checksum(path) for path in part.iterdir()}
+                    write_record(part / "sae.json", identities[layer], files=files)
             saved.unlink(missing_ok=True)
     wait_for_all()
     return folders
 
 
-def write_arrays(path: Path, identity: dict, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz, which has a checksum of each of its arrays."""
+def write_states(path: Path, identities: dict[str, dict], states: dict[str, torch.Tensor]) -> None:
+    """The state of a training together, a row of each array for each of `identities`; an .npz has a checksum of each."""
     with whole(path) as part, open(part, "wb") as file:
-        np.savez(file, identity=np.array(to_json(identity)), **arrays)
+        np.savez(file, identities=np.array(to_json(identities)), **{name: state.cpu().numpy() for name, state in states.items()})
 
 
-def read_arrays(path: Path, identity: dict) -> dict[str, np.ndarray] | None:
-    """What write_arrays wrote; None where there is nothing, or, with a word, nothing of use."""
+def read_states(path: Path, identities: dict[str, dict]) -> dict[str, torch.Tensor] | None:
+    """The rows of `identities` of what write_states wrote; None where there is nothing, or, with a word, nothing of use."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        check_identity(path, json.loads(str(arrays.pop("identity"))), identity)
-        return arrays
+            known = json.loads(str(file["identities"]))
+            for name, identity in identities.items():
+                check_identity(path, known.get(name, {}), identity)
+            rows = [list(known).index(name) for name in identities]
+            return {name: torch.from_numpy(file[name][rows]) for name in file.files if name != "identities"}
     except Stale as stale:
         tqdm.write(f"      {stale}: its training starts anew")
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
@@ -1413,9 +1413,9 @@ def blank_image(model, transform) -> torch.Tensor:
     return torch.zeros(1, 3, *side, device=model.cls_token.device)
 
 
-def try_out(settings, works, model, transform, read: list, train: int, val: int, tree: Taxonomy, layers, training) -> list[Work]:
-    """The plan with each part's seconds, from a few seconds' trial of it on the device at hand, at the run's own sizes.
-    Each of `read` reads an image as the run does."""
+def try_out(settings, works, model, transform, read: list, train: int, val: int, tree: Taxonomy, layers, training):
+    """The plan with each part's seconds, and the memory it takes, from a few seconds' trial of it on the device at hand, at
+    the run's own sizes. Each of `read` reads an image as the run does."""
     n, device, L, cores = model.cls_token.shape[-1], settings.device, len(layers), os.cpu_count() or 1
 
     def seconds(action):
@@ -1446,14 +1446,15 @@ def try_out(settings, works, model, transform, read: list, train: int, val: int,
     labels = np.arange(len(rows)) % len(tree.classes)
     statistics = Statistics(torch.zeros(n).double(), n**0.5, n**0.5)
     sae = new_sae(statistics, training).to(device)
-    trainer = Trainer(new_sae(statistics, training).to(device), training.batch_size, training.precision)
+    at_once = min(together(train, n, training, device), -(-L // WORLD))
+    trainer = Trainer([new_sae(statistics, training).to(device) for _ in range(at_once)], training.batch_size, training.precision)
     pool = torch.randn(4 * training.batch_size, n, device=device).half()
 
     def train_step():
-        rows = torch.randperm(len(pool))[: training.batch_size].to(device)
-        trainer.step(sae.normalise(pool[rows].float()), 0.1, 1e-4)
+        rows = [torch.randperm(len(pool))[: training.batch_size].to(device) for _ in range(at_once)]
+        trainer.step(torch.stack([sae.normalise(pool[some].float()) for some in rows]), 0.1, 1e-4)
 
-    step = seconds(train_step)
+    step = seconds(train_step) / at_once
     spread = seconds(lambda: [tokens.double().sum(0), tokens.double().square().sum()]) / len(tokens)  # as in `statistics`
     profiles = []
 
@@ -1473,7 +1474,8 @@ def try_out(settings, works, model, transform, read: list, train: int, val: int,
         L * (train * spread + val / VAL_BATCH * a_batch + hierarchy + math.prod(probe_steps(train)) * probe) / WORLD,
         96 * a_map + 5,  # 12 latents of 8 images; five seconds of figures and report
     ]
-    return [work._replace(seconds=estimate) for work, estimate in zip(works, found)]
+    works = [work._replace(seconds=estimate) for work, estimate in zip(works, found)]
+    return works, peak_memory(device, 2 * n * train * at_once)
 
 
 def plan_demo(settings) -> None:
@@ -1493,10 +1495,10 @@ def plan_demo(settings) -> None:
     layers, training = parse_layers(settings.layers, len(vit.blocks)), training_of(settings, counts["train"])
     works = plan(vit, transform, counts, len(tree.classes), layers, training)
     read = [functools.partial(transform, picture) for picture in pictures[:16]]
-    works = try_out(settings, works, vit, transform, read, *counts.values(), tree, layers, training)
+    works, memory = try_out(settings, works, vit, transform, read, *counts.values(), tree, layers, training)
     written = int(sum(len(file.getvalue()) for file in files) * classes) + len(save(vit.state_dict()))
     print(plan_table([Work("the demo's images and ViT", written, None, drawing + training_vit), *works]))
-    print(peak_memory(settings.device, vit, counts["train"]))
+    print(memory)
 
 
 def plan_table(works: list[Work]) -> str:
@@ -1511,20 +1513,18 @@ def plan_table(works: list[Work]) -> str:
     return "\n".join(f"      {part:26}{disk:>10}{flop:>10}{lasts:>11}".rstrip() for part, disk, flop, lasts in rows)
 
 
-def peak_memory(device: str, model, train: int) -> str:
-    """After a trial: what it took at most, and the buffer, which it did without."""
+def peak_memory(device: str, buffers: int) -> str:
+    """After a trial: what it took at most, and the bytes of the buffers, which it did without."""
     if resource is None:
         return "      peak memory: not told on this system"
-    tokens = 2 * model.cls_token.shape[-1] * train
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    said = f"      peak memory: {size(host + (min(POOL_BYTES, tokens) if device == 'cpu' else POOL_BYTES))}"
+    host, buffers = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, min(pool_bytes(device), buffers)
+    said = f"      peak memory: {size(host * (1 if sys.platform == 'darwin' else 1024) + buffers)}"
     if device == "cuda":
-        free = torch.cuda.mem_get_info()[1]
-        said += f", and {size(torch.cuda.max_memory_allocated() + min(max(POOL_BYTES, free // 4), tokens))} of the GPU's"
+        said += f", and {size(torch.cuda.max_memory_allocated() + buffers)} of the GPU's"
     return said
 
 
-def still_to_write(out: Path, works: list[Work], training: Training, layers: list[int]) -> dict[str, int]:
+def still_to_write(out: Path, works: list[Work], training: Training, at_once: int, layers: list[int]) -> dict[str, int]:
     """Bytes of the plan that are not in the output folder yet, by part."""
     def left(work, *patterns):
         return max(0, work.written - sum(path.stat().st_size for pattern in patterns for path in out.glob(pattern)))
@@ -1534,7 +1534,7 @@ def still_to_write(out: Path, works: list[Work], training: Training, layers: lis
     saes = left(works[1], *(f"saes/{folder}/{name}/model.safetensors" for name in names))
     return {
         "class tokens": tokens * (1 if WORLD == 1 else 2),  # shares, and then joined
-        "SAEs": saes, "an SAE's training state": 3 * works[1].written // len(layers) * (saes > 0),
+        "SAEs": saes, "a training's state": 3 * works[1].written * min(at_once * WORLD, len(layers)) // len(layers) * (saes > 0),
         "tables and figures": RESULT_BYTES,
     }
 
@@ -1600,14 +1600,15 @@ def run(settings: argparse.Namespace) -> None:
         if settings.plan:
             images = _Decoded(train, transform)
             read = [functools.partial(images.__getitem__, i) for i in range(min(16, len(train)))]
-            works = try_out(settings, works, model, transform, read, len(train), len(val), tree, layers, training)
+            works, memory = try_out(settings, works, model, transform, read, len(train), len(val), tree, layers, training)
         print(plan_table([work for work in works if not (settings.saes and work.part == "SAEs")]))
         if settings.plan:
-            print(peak_memory(settings.device, model, len(train)))
+            print(memory)
             return
-        needed = still_to_write(out, works, training, layers)
+        at_once = together(len(train), width, training, settings.device)
+        needed = still_to_write(out, works, training, at_once, layers)
         if settings.saes:
-            needed |= {"SAEs": 0, "an SAE's training state": 0}
+            needed |= {"SAEs": 0, "a training's state": 0}
         stack.enter_context(room(out, needed))
         if RANK == 0:
             if not demo:
@@ -1630,7 +1631,7 @@ def run(settings: argparse.Namespace) -> None:
                   f"{training.batch_size}, {training.precision}")
             about = {"backbone": settings.backbone, "images": images["fingerprint of images"]}
             about["hub"] = "a local folder" if Path(settings.hub).is_dir() else settings.hub  # it may be published
-            saes = train_saes(settings, out, training, layers, about, recorded)
+            saes = train_saes(settings, out, training, at_once, layers, about, recorded)
         finished("saes")
 
         print("[3/4] scores: reconstruction, probe, hierarchy")

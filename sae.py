@@ -25,11 +25,12 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 POOL_BYTES = 1 << 30  # tokens shuffled together in memory; a layer of ImageNet-1k at width 1536 is four such pools
+SMALL_STEP = {"cpu": 2e9, "cuda": 1e11}  # FLOP of an SAE's step, up to which several are trained in one; cuda: a guess
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
 
 class SAEError(ValueError):
-    """A buffer or setting that no SAE can be trained with, or a loss that is no longer finite."""
+    """Tokens or a setting that no SAE can be trained with, or a loss that is no longer finite."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,6 +48,10 @@ class Statistics(NamedTuple):
         return float(self.mean.norm() / self.rms_deviation)
 
 
+def pool_bytes(device: str) -> int:
+    return POOL_BYTES if device == "cpu" else max(POOL_BYTES, torch.cuda.mem_get_info()[1] // 4)
+
+
 class ActivationBuffer:
     """The tokens of one layer, an .npy file of shape (N, n) that is memory-mapped and read in large pieces.
 
@@ -57,8 +62,7 @@ class ActivationBuffer:
     def __init__(self, path, device: str = "cpu"):
         self.tokens, self.device = np.load(path, mmap_mode="r"), device
         self.rows, self.width = self.tokens.shape
-        pool_bytes = POOL_BYTES if device == "cpu" else max(POOL_BYTES, torch.cuda.mem_get_info()[1] // 4)
-        self.pool_rows = max(1, pool_bytes // (self.tokens.itemsize * self.width))
+        self.pool_rows = max(1, pool_bytes(device) // (self.tokens.itemsize * self.width))
         self.resident = self._read(0) if self.rows <= self.pool_rows else None  # small enough: read once, kept
 
     def _read(self, start: int) -> torch.Tensor:
@@ -91,14 +95,19 @@ class ActivationBuffer:
             del pool  # before the next is read
 
     def statistics(self) -> Statistics:
-        """Mean and spread of the tokens, summed in float64."""
+        """Mean and spread of the tokens, summed in float64. Raises SAEError where they are not finite or all the same."""
         total, squares = torch.zeros(self.width, dtype=torch.float64), 0.0
         for batch in self.batches(8192):
             batch = batch.double()
             total += batch.sum(0).cpu()
             squares += float(batch.square().sum())
         mean, squares = total / self.rows, squares / self.rows
-        return Statistics(mean, squares**0.5, max(squares - float(mean.square().sum()), 0.0) ** 0.5)
+        statistics = Statistics(mean, squares**0.5, max(squares - float(mean.square().sum()), 0.0) ** 0.5)
+        if not np.isfinite(squares):
+            raise SAEError(f"{self.tokens.filename}: the class tokens are not finite")
+        if statistics.rms_deviation <= 1e-6 * statistics.rms_norm:
+            raise SAEError(f"{self.tokens.filename}: all class tokens are the same, there is nothing to encode")
+        return statistics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,11 +169,6 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, tags=["sparse-autoencod
         # in place of the mixin's own, whose full disk is a SafetensorError and no OSError
         (save_directory / "model.safetensors").write_bytes(safetensors.torch.save(self.state_dict(), {"format": "pt"}))
 
-    @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Make every decoder row of unit norm, without which λ‖z‖₁ could be had for nothing by a longer row."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
@@ -188,12 +192,12 @@ class Training:
 
 
 class Loss(NamedTuple):
-    reconstruction: torch.Tensor  # mean of ‖x̃ - x̃'‖²
-    sparsity: torch.Tensor  # mean of ‖z‖₁, before λ
+    reconstruction: torch.Tensor  # (L,) mean of ‖x̃ - x̃'‖²
+    sparsity: torch.Tensor  # (L,) mean of ‖z‖₁, before λ
 
 
 class Trainer:
-    """Training steps of one SAE: five matrix products, and as little as can be around them.
+    """Training steps of L SAEs of one size, each on tokens of its own: five matrix products, and little around them.
 
     With e = x̃' - x̃ and everything a mean over the batch of B:
     dW_dec = zᵀ 2e    db_dec = Σ 2e    dz = (2e W_decᵀ + λ) where z > 0    dW_enc = dzᵀ x̃    db_enc = Σ dz
@@ -201,65 +205,72 @@ class Trainer:
     What makes it fast, all of it here: gradients by hand, into memory that is kept from step to step (no graph; new
     memory of this size is paid for page by page); in bfloat16 the products run on copies of weights that stay in
     float32, as Adam does; the mask is one pass of ReLU's own backward (a Boolean mask takes 15 times as long in
-    bfloat16 on a CPU), and a sum over the batch is a product with ones (20 times).
+    bfloat16 on a CPU), and a sum over the batch is a product with ones (20 times). A small SAE's step is mostly the
+    starting of its twenty operations: L of them in one step start them once (`together`).
     """
 
-    def __init__(self, sae: SparseAutoencoder, batch_size: int, precision: str = "float32"):
-        self.sae, self.dtype = sae, getattr(torch, precision)
-        self.parameters = [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec]
-        for parameter in self.parameters:
+    def __init__(self, saes: list[SparseAutoencoder], batch_size: int, precision: str = "float32"):
+        self.dtype, self.parameters = getattr(torch, precision), {}
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            self.parameters[name] = torch.stack([getattr(sae, name).detach() for sae in saes])  # (L, ...)
+            for sae, its in zip(saes, self.parameters[name]):
+                getattr(sae, name).data = its  # a view: the SAE is trained where it lies
+        for parameter in self.parameters.values():
             parameter.grad = torch.empty_like(parameter)
-        self.weights = [parameter.detach().to(self.dtype) for parameter in self.parameters]  # in float32 the very same
-        self.gradients = [parameter.grad.to(self.dtype) for parameter in self.parameters]
-        new = functools.partial(torch.empty, dtype=self.dtype, device=sae.W_enc.device)
-        self.z, self.dz = new(batch_size, len(sae.b_enc)), new(batch_size, len(sae.b_enc))
-        self.ones = new(1, batch_size).fill_(1)
-        self.optimizer = torch.optim.Adam(self.parameters, fused=True)
+        self.weights = [parameter.to(self.dtype) for parameter in self.parameters.values()]  # in float32 the very same
+        self.gradients = [parameter.grad.to(self.dtype) for parameter in self.parameters.values()]
+        L, m, device = *self.parameters["b_enc"].shape, saes[0].b_enc.device
+        new = functools.partial(torch.empty, dtype=self.dtype, device=device)
+        self.z, self.dz, self.ones = new(L, batch_size, m), new(L, batch_size, m), new(L, 1, batch_size).fill_(1)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), fused=True)
 
-    @torch.no_grad()
     def loss_and_gradients(self, x: torch.Tensor, l1: float) -> Loss:
-        """Loss on normalised tokens x̃ (B, n) in float32, its gradients left in the parameters' .grad."""
-        low = self.weights[0].dtype != self.parameters[0].dtype
+        """Loss on normalised tokens x̃ (L, B, n) in float32, its gradients left in the parameters' .grad."""
+        low = self.dtype != x.dtype
         if low:
-            for weight, parameter in zip(self.weights, self.parameters):
+            for weight, parameter in zip(self.weights, self.parameters.values()):
                 weight.copy_(parameter)
         W_enc, W_dec, b_enc, b_dec = self.weights
         dW_enc, dW_dec, db_enc, db_dec = self.gradients
-        x_low, B = x.to(self.dtype), len(x)
-        z = torch.addmm(b_enc, x_low, W_enc.T, out=self.z).relu_()  # (B, m)
-        error = torch.addmm(b_dec, z, W_dec).to(x.dtype).sub_(x)  # (B, n), in full: a difference of numbers close together
-        loss = Loss(error.square().sum() / B, (self.ones @ z).sum(dtype=x.dtype) / B)
+        x_low, B = x.to(self.dtype), x.shape[1]
+        z = torch.baddbmm(b_enc[:, None], x_low, W_enc.mT, out=self.z).relu_()  # (L, B, m)
+        error = torch.baddbmm(b_dec[:, None], z, W_dec).to(x.dtype).sub_(x)  # (L, B, n), in full: a small difference
+        loss = Loss(error.square().sum((1, 2)) / B, (self.ones @ z).sum((1, 2), dtype=x.dtype) / B)
         error = error.mul_(2 / B).to(self.dtype)
-        torch.mm(z.T, error, out=dW_dec)
-        dz = torch.addmm(torch.full_like(b_enc[:1], l1 / B), error, W_dec.T, out=self.dz)  # (B, m)
+        torch.bmm(z.mT, error, out=dW_dec)
+        dz = torch.baddbmm(torch.full_like(b_enc[:, :1, None], l1 / B), error, W_dec.mT, out=self.dz)  # (L, B, m)
         torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)  # zero where z is
-        torch.mm(dz.T, x_low, out=dW_enc)
-        db_enc.copy_((self.ones @ dz)[0])
-        db_dec.copy_((self.ones @ error)[0])
+        torch.bmm(dz.mT, x_low, out=dW_enc)
+        torch.bmm(self.ones, dz, out=db_enc[:, None])
+        torch.bmm(self.ones, error, out=db_dec[:, None])
         if low:
-            for gradient, parameter in zip(self.gradients, self.parameters):
+            for gradient, parameter in zip(self.gradients, self.parameters.values()):
                 parameter.grad.copy_(gradient)
         return loss
 
     def step(self, x: torch.Tensor, l1: float, lr: float) -> Loss:
-        """One step on normalised tokens x̃ (B, n)."""
+        """One step on normalised tokens x̃ (L, B, n), decoder rows of unit norm after it."""
         loss = self.loss_and_gradients(x, l1)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        self.sae.normalise_decoder()
+        W_dec = self.parameters["W_dec"]
+        W_dec /= W_dec.norm(dim=-1, keepdim=True)  # or λ‖z‖₁ could be had for nothing by a longer row
         return loss
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that the next step depends on, by name: the SAE and Adam's moments; not copied."""
-        moments = self.optimizer.state_dict()["state"]  # of parameter 0, 1, ...
-        return {**self.sae.state_dict(), **{f"{key}.{i}": value for i in moments for key, value in moments[i].items()}}
+        """All that the next step depends on, by name, each (L, ...): weights and Adam's moments; not copied."""
+        moments = {
+            f"{name}.{key}": self.optimizer.state[parameter][key]
+            for name, parameter in self.parameters.items() for key in ("exp_avg", "exp_avg_sq")
+        }
+        return {**self.parameters, **moments}
 
-    def resume(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a `state`, to the very steps that would have come."""
-        self.sae.load_state_dict({name: state[name] for name in self.sae.state_dict()})
-        names = ("step", "exp_avg", "exp_avg_sq")
-        moments = {i: {name: state[f"{name}.{i}"].clone() for name in names} for i in range(len(self.parameters))}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+    def resume(self, state: dict[str, torch.Tensor], step: int) -> None:
+        """Go on from the `state` after a step, to the very steps that would have come."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
+            moments = {key: state[f"{name}.{key}"].to(parameter, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
 
 
 def fast_precision(device: str) -> str:
@@ -284,12 +295,17 @@ def fitting_batch_size(rows: int, epochs: int, steps: int = 1500, largest: int =
     return min(batch_size, rows)
 
 
+def together(rows: int, width: int, settings: Training, device: str) -> int:
+    """How many SAEs, each on a buffer (rows, width), to train in one step: where steps are small, what one pool holds.
+
+    Only at widths that are a multiple of 16, where Adam's vectors end where an SAE ends, and so round as for one alone.
+    """
+    flop = 10 * settings.batch_size * settings.expansion * width**2
+    return max(1, pool_bytes(device) // (2 * width * rows)) if flop <= SMALL_STEP[device] and width % 16 == 0 else 1
+
+
 def new_sae(statistics: Statistics, settings: Training, about: dict | None = None) -> SparseAutoencoder:
     """An untrained SAE of unit-norm random directions, W_enc = W_dec and b_dec at the mean, which `inputs` sets apart."""
-    if not np.isfinite(statistics.rms_norm):
-        raise SAEError("the class tokens are not finite")
-    if statistics.rms_deviation <= 1e-6 * statistics.rms_norm:
-        raise SAEError("all class tokens are the same: there is nothing to encode")
     width = len(statistics.mean)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -304,41 +320,53 @@ def new_sae(statistics: Statistics, settings: Training, about: dict | None = Non
     return sae
 
 
-def train_sae(
-    buffer: ActivationBuffer, settings: Training, about: dict | None = None, progress=None, checkpoint=None, resume=None
-) -> SparseAutoencoder:
-    """Train one SAE on a buffer of tokens.
+def train_sae(buffer: ActivationBuffer, settings: Training, about: dict | None = None, **more) -> SparseAutoencoder:
+    """Train one SAE on a buffer of tokens; all else as in train_together."""
+    return train_together([buffer], settings, [about], **more)[0]
+
+
+def train_together(
+    buffers: list[ActivationBuffer], settings: Training, abouts: list[dict | None], progress=None, checkpoint=None, resume=None
+) -> list[SparseAutoencoder]:
+    """Train one SAE on each of L buffers of one shape, to the SAEs that each would come to alone.
+
+    On a CPU they are those to the bit, if the width is a multiple of 16.
 
     progress    called as progress(step, steps, loss) after every step
-    checkpoint  called after every epoch but the last with the state of the training, tensors by name (not copied)
-    resume      such a state, on any device: the training goes on from it to the SAE that it would have come to
+    checkpoint  called after every epoch but the last with the state of the training, tensors (L, ...) by name (not copied)
+    resume      such a state, on any device: the training goes on from it to the SAEs that it would have come to
 
     Raises SAEError where the batch is larger than the data, all tokens are the same or not finite, or the loss or the
     weights are not finite.
     """
-    if settings.batch_size > min(buffer.rows, buffer.pool_rows):
-        raise SAEError(f"--batch-size {settings.batch_size} is larger than the {buffer.rows} training images")
-    sae = new_sae(buffer.statistics(), settings, about).to(buffer.device)
-    trainer = Trainer(sae, settings.batch_size, settings.precision)
-    generator = torch.Generator().manual_seed(settings.seed)
-    pools = [min(buffer.pool_rows, buffer.rows - start) for start in range(0, buffer.rows, buffer.pool_rows)]
-    steps_per_epoch = sum(rows // settings.batch_size for rows in pools)  # whole batches only
-    step, steps = 0, settings.epochs * steps_per_epoch
+    L, B, rows, pool_rows = len(buffers), settings.batch_size, buffers[0].rows, buffers[0].pool_rows
+    if B > min(rows, pool_rows):
+        raise SAEError(f"--batch-size {B} is larger than the {rows} training images")
+    saes = [new_sae(buffer.statistics(), settings, about).to(buffer.device) for buffer, about in zip(buffers, abouts)]
+    trainer = Trainer(saes, B, settings.precision)
+    generators = [torch.Generator().manual_seed(settings.seed) for _ in buffers]
+    steps = settings.epochs * sum(min(pool_rows, rows - start) // B for start in range(0, rows, pool_rows))  # whole batches
+    step = 0
     if resume is not None:
-        trainer.resume(resume)
-        generator.set_state(resume["generator"])
-        step = int(resume["steps_done"])
-    finite = torch.full((), step, device=buffer.device)  # steps with a finite loss; counted there, as asking takes time
+        step = int(resume["steps_done"][0])
+        trainer.resume(resume, step)
+        for generator, state in zip(generators, resume["generator"]):
+            generator.set_state(state.clone())  # of a view PyTorch reads elsewhere
+    finite = torch.full((L,), step, device=buffers[0].device)  # steps with a finite loss; counted there, as asking takes time
     while step < steps:
-        for batch in buffer.batches(settings.batch_size, generator):
+        for batches in zip(*(buffer.batches(B, generator) for buffer, generator in zip(buffers, generators))):
+            x = torch.stack([sae.normalise(batch) for sae, batch in zip(saes, batches)])  # (L, B, n)
             lr_factor, l1_factor = schedule(step, steps)
-            loss = trainer.step(sae.normalise(batch), settings.l1 * l1_factor, settings.lr * lr_factor)
+            loss = trainer.step(x, settings.l1 * l1_factor, settings.lr * lr_factor)
             finite += loss.reconstruction.isfinite()
             step += 1
             if progress is not None:
                 progress(step, steps, loss)
-        if finite < step or not all(parameter.isfinite().all() for parameter in trainer.parameters):
-            raise SAEError(f"the loss or a weight is not finite at step {min(int(finite) + 1, step)} of {steps}: lower --lr")
+        for buffer, sae, count in zip(buffers, saes, finite.tolist()):
+            if count < step or not all(parameter.isfinite().all() for parameter in sae.parameters()):
+                raise SAEError(f"{buffer.tokens.filename}: the loss or a weight is not finite at step {min(count + 1, step)} of "
+                               f"{steps}: lower --lr")
         if checkpoint is not None and step < steps:
-            checkpoint({**trainer.state(), "generator": generator.get_state(), "steps_done": torch.tensor(step)})
-    return sae.eval().requires_grad_(False)
+            states = torch.stack([generator.get_state() for generator in generators])
+            checkpoint({**trainer.state(), "generator": states, "steps_done": torch.full((L,), step)})
+    return [sae.eval().requires_grad_(False) for sae in saes]

@@ -1,6 +1,6 @@
 """How fast each stage is, against its limit and against its peers; a plain script, not for pytest.
 
-    python tests/benchmark.py [train|extract|score|buffer|precision|demo|all] [--rounds 7]
+    python tests/benchmark.py [train|together|extract|score|buffer|precision|demo|all] [--rounds 7]
 
 Rounds are interleaved, times are medians with the quartiles beside them, and a ratio is one of medians of one run.
 Peers are used where they are installed (pip install overcomplete saev sae-lens), each by its own public training step.
@@ -72,8 +72,8 @@ def five_products(n, m, batch_size, precision):
 
 
 def ours(n, m, x, precision):
-    trainer = Trainer(SparseAutoencoder(n, m).to(DEVICE), len(x), precision)
-    return lambda: trainer.step(x, 0.1, 4e-4)
+    trainer = Trainer([SparseAutoencoder(n, m).to(DEVICE)], len(x), precision)
+    return lambda: trainer.step(x[None], 0.1, 4e-4)
 
 
 def overcomplete_step(n, m, x):
@@ -152,6 +152,24 @@ def train(rounds):
                     share = np.median(times[f"five products, {precision}"]) / median
                     remark = f"{share:.0%} in the products, {fastest / median:.2f} x the fastest peer's speed"
                 show(name, times[name], remark)
+
+
+def together(rounds):
+    for precision in dict.fromkeys(["float32", fast_precision(DEVICE)]):
+        for n, L, batch_size in [(96, 6, 128), (192, 12, 128), (192, 12, 512), (384, 12, 128), (384, 12, 512), (384, 12, 4096)]:
+            if DEVICE == "cpu" and batch_size > 512:
+                continue
+            x = torch.randn(L, batch_size, n, device=DEVICE) / n**0.5
+            saes = lambda: [SparseAutoencoder(n, 8 * n).to(DEVICE) for _ in range(L)]
+            one_by_one, all_at_once = [Trainer([sae], batch_size, precision) for sae in saes()], Trainer(saes(), batch_size, precision)
+            times = measure({
+                "one at a time": lambda: [trainer.step(its[None], 0.1, 4e-4) for trainer, its in zip(one_by_one, x)],
+                "together": lambda: all_at_once.step(x, 0.1, 4e-4),
+            }, 5 * rounds)
+            print(f"a step of each of {L} SAEs, {n} -> {8 * n}, batch {batch_size}, {precision}")
+            show("one at a time", times["one at a time"])
+            ratio = np.median(times["one at a time"]) / np.median(times["together"])
+            show("together", times["together"], f"{ratio:.2f} x, at {10 * batch_size * 8 * n * n:.1e} FLOP a step of one")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,11 +273,12 @@ def buffer(tokens=None):
         statistics = tokens_of_layer.statistics()
         print(f"  statistics in {time.perf_counter() - start:.1f} s")
         settings = Training(batch_size=batch_size, precision=fast_precision(DEVICE))
-        trainer = Trainer(new_sae(statistics, settings).to(DEVICE), batch_size, settings.precision)
+        sae = new_sae(statistics, settings).to(DEVICE)
+        trainer = Trainer([sae], batch_size, settings.precision)
         start, read = time.perf_counter(), 0
         for i, batch in enumerate(tokens_of_layer.batches(batch_size, torch.Generator().manual_seed(0))):
             if i % 80 < steps:  # some steps in each pool; the rest is only drawn
-                trainer.step(trainer.sae.normalise(batch), 0.1, 4e-4)
+                trainer.step(sae.normalise(batch)[None], 0.1, 4e-4)
             read += len(batch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"  an epoch's {read:,} rows drawn; peak memory {peak:.2f} GiB")
@@ -304,14 +323,14 @@ def demo(rounds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices="train extract score buffer precision demo all".split())
+    parser.add_argument("what", nargs="?", default="all", choices="train together extract score buffer precision demo all".split())
     parser.add_argument("--tokens", help="for buffer and precision: tokens/train/layer_NN.npy of a finished run")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(f"{device}; Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
           f"fast precision {fast_precision(DEVICE)}; {arguments.rounds} rounds, medians [quartiles]")
-    for stage in (train, extract, score, demo):
+    for stage in (train, together, extract, score, demo):
         if arguments.what in (stage.__name__, "all"):
             stage(arguments.rounds)
     if arguments.what in ("buffer", "all"):

@@ -78,12 +78,19 @@ def write_hub(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """They are most of a small run's time; test_reproduce.py's whole run has them drawn."""
+def make_quick(set_attribute=setattr, figures=False):
+    """A small run's time is mostly that of its figures and of the 3,000 steps of its probes."""
+    import metrics
     import reproduce
 
-    monkeypatch.setattr(reproduce, "draw_figures", lambda *of: {})
+    set_attribute(metrics, "probe_steps", lambda rows, least=None: (3, max(1, rows // 256)))
+    if not figures:
+        set_attribute(reproduce, "draw_figures", lambda *of: {})
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    make_quick(monkeypatch.setattr)
 
 
 def results(out="out", aside=()):

@@ -72,11 +72,12 @@ def kept(out: Path) -> list[int]:
     whole, images = read(out / "tokens/tokens.json").get("tokens", {}), []
     for split, count in [("train", 40 * len(WNIDS)), ("val", 10 * len(WNIDS))]:
         images.append(count if f"{split}/ids.npy" in whole else read(out / f"tokens/{split}/pass.json").get("seen", 0))
-    steps = []
-    for layer in range(3):
-        done = list(out.glob(f"saes/*/layer_{layer:02d}/sae.json"))
-        state = list(out.glob(f"saes/*/layer_{layer:02d}_training.npz"))
-        steps.append(10**9 if done else int(np.load(state[0])["steps_done"]) if state else 0)
+    names = [f"layer_{layer:02d}" for layer in range(3)]
+    in_training = {
+        name: int(step) for state in map(np.load, out.glob("saes/*/*_training.npz"))
+        for name, step in zip(json.loads(str(state["identities"])), state["steps_done"])
+    }
+    steps = [10**9 if list(out.glob(f"saes/*/{name}/sae.json")) else in_training.get(name, 0) for name in names]
     return [*images, *steps, len(list(out.glob("saes/*/*/scores.json")))]
 
 

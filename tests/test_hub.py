@@ -89,9 +89,10 @@ def at(server, tmp_path, *runs):
     code = (
         "import io, json, os, sys\n"
         "from contextlib import redirect_stderr, redirect_stdout\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import reproduce\n"
-        "reproduce.draw_figures, reproduce.WORKERS = (lambda *of: {}), 0  # which take most of the time\n"
+        f"sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+        "import conftest, reproduce\n"
+        "conftest.make_quick()\n"
+        "reproduce.WORKERS = 0\n"
         "for token, arguments in json.loads(sys.argv[1]):\n"
         "    os.environ.pop('HF_TOKEN', None)\n"
         "    os.environ |= {'HF_TOKEN': token} if token else {}\n"
@@ -161,7 +162,7 @@ def test_published_loaded_and_scored(data, hub, tmp_path, server):
     assert all("the Hub cannot be reached" in sentence(outcome) for outcome in offline)
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("quick")
 def test_saes_from_a_folder(data, hub, capsys):
     assert reproduce_here(data, hub) == 0
     (saes,) = Path("out/saes").iterdir()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import reproduce
-from conftest import WNIDS, write_images
+from conftest import WNIDS, make_quick, write_images
 from reproduce import (
     DEMO_CLASSES, InputError, check_claims, consistency, demo_traits, draw, eval_transform, find_images, hypernym_rows, main,
     named_latents, parse_layers, read_image,
@@ -23,7 +23,8 @@ from taxonomy import Taxonomy
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Runs in an empty folder, without the user's ImageNet."""
+    """Runs in an empty folder, without the user's ImageNet, with short probes."""
+    make_quick(monkeypatch.setattr, figures=True)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
@@ -221,7 +222,7 @@ def test_whole_run(data, hub, capsys):
 
 
 @pytest.mark.parametrize("more", [[], ["--layers", "1", "--images-per-class", "7", "--expansion", "3"]])
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("quick")
 def test_the_plan_is_what_is_written(data, hub, capsys, monkeypatch, more):
     assert reproduce_here(data, hub, "--plan", *more) == 0
     table = capsys.readouterr().out
@@ -244,13 +245,13 @@ def snapshot(folder):
     return {os.path.join(at, f): os.stat(os.path.join(at, f)).st_mtime_ns for at, _, files in os.walk(folder) for f in files if f != "lock"}
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("quick")
 def test_no_work_is_done_twice(data, hub, monkeypatch):
     assert reproduce_here(data, hub, "--layers", "0,2") == 0
     tokens, saes, tables = snapshot("out/tokens"), snapshot("out/saes"), open("out/results/tables.md").read()
     with monkeypatch.context() as patch:
         patch.setattr(reproduce, "record_share", None)
-        patch.setattr(reproduce, "train_sae", None)
+        patch.setattr(reproduce, "train_together", None)
         patch.setattr(reproduce, "profile_latents", None)
         assert reproduce_here(data, hub, "--layers", "0,2") == 0
         assert (snapshot("out/tokens"), snapshot("out/saes")) == (tokens, saes)
@@ -258,7 +259,7 @@ def test_no_work_is_done_twice(data, hub, monkeypatch):
 
     with monkeypatch.context() as patch:  # other scores need neither tokens nor training
         patch.setattr(reproduce, "record_share", None)
-        patch.setattr(reproduce, "train_sae", None)
+        patch.setattr(reproduce, "train_together", None)
         assert reproduce_here(data, hub, "--layers", "0,2", "--response-rate", "0.9") == 0
         assert snapshot("out/tokens") == tokens and snapshot("out/saes") != saes
     assert reproduce_here(data, hub, "--layers", "0,2", "--l1", "0.3") == 0  # other SAEs need no tokens, and lie beside the old
@@ -278,7 +279,7 @@ def test_one_layer_and_two_classes(data, hub):
     assert os.path.getsize("out/results/report.html") > 10_000
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("quick")
 def test_raw_inputs(data, hub):
     assert reproduce_here(data, hub, "--inputs", "raw") == 0
     (folder,) = os.listdir("out/saes")
@@ -425,7 +426,7 @@ def test_bad_data(capsys, data, hub, tmp_path):
     assert not os.path.exists("out")
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("content", [b"", b"this is text", None])
 def test_bad_images(capsys, data, hub, content):
     bad = data / "train" / WNIDS[1] / "03.png"
@@ -456,7 +457,7 @@ def test_bad_choices(capsys, data, hub, monkeypatch):
     assert not os.path.exists("out")
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("quick")
 def test_folder_of_other_settings(capsys, data, hub):
     assert reproduce_here(data, hub) == 0
     before = snapshot("out")
@@ -477,7 +478,7 @@ def test_out_of_gpu_memory(capsys, data, hub, monkeypatch):
     assert len(np.load("out/tokens/train/layer_02.npy")) == 48
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("quick")
 def test_a_layer_without_a_living_latent_is_a_gap_and_no_error(data, hub):
     assert reproduce_here(data, hub, "--inputs", "raw", "--l1", "1000", "--lr", "0.1", "--epochs", "50") == 0
     first = open("out/results/hierarchy.csv").read()

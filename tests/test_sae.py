@@ -8,7 +8,7 @@ import torch
 import sae as sae_module
 from sae import (
     ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fitting_batch_size, new_sae, schedule,
-    train_sae,
+    together, train_sae, train_together,
 )
 
 
@@ -24,33 +24,33 @@ def buffer(tmp_path):
 
 def test_gradients_equal_autograd():
     torch.manual_seed(0)
-    sae = SparseAutoencoder(12, 40).double()
-    with torch.no_grad():
-        sae.b_enc += 0.1 * torch.randn(40)
-        sae.b_dec += 0.1 * torch.randn(12)
-    x, l1 = torch.randn(50, 12, dtype=torch.float64), 0.07
-    trainer = Trainer(sae, 50, "float64")
+    saes = [SparseAutoencoder(12, 40).double() for _ in range(3)]
+    for sae in saes:
+        sae.b_enc.data += 0.1 * torch.randn(40)
+        sae.b_dec.data += 0.1 * torch.randn(12)
+    x, l1 = torch.randn(3, 50, 12, dtype=torch.float64), 0.07
+    trainer = Trainer(saes, 50, "float64")
     loss = trainer.loss_and_gradients(x, l1)
-    by_hand = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
-    sae.zero_grad()
-    z = torch.relu(x @ sae.W_enc.T + sae.b_enc)
-    x_hat = z @ sae.W_dec + sae.b_dec
-    reconstruction = (x - x_hat).square().sum(1).mean()
-    (reconstruction + l1 * z.abs().sum(1).mean()).backward()
-    torch.testing.assert_close(loss.reconstruction, reconstruction.detach())
-    torch.testing.assert_close(loss.sparsity, z.sum(1).mean().detach())
-    for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(by_hand[name], parameter.grad)
+    for i, (sae, its) in enumerate(zip(saes, x)):
+        z = torch.relu(its @ sae.W_enc.T + sae.b_enc)
+        x_hat = z @ sae.W_dec + sae.b_dec
+        reconstruction = (its - x_hat).square().sum(1).mean()
+        (reconstruction + l1 * z.abs().sum(1).mean()).backward()
+        torch.testing.assert_close(loss.reconstruction[i], reconstruction.detach())
+        torch.testing.assert_close(loss.sparsity[i], z.sum(1).mean().detach())
+        for name, parameter in sae.named_parameters():
+            torch.testing.assert_close(trainer.parameters[name].grad[i], parameter.grad)
 
 
 def test_bfloat16_gradients_are_float32s_up_to_rounding():
     torch.manual_seed(0)
-    sae, x = SparseAutoencoder(64, 256), torch.randn(200, 64) / 8
+    sae, x = SparseAutoencoder(64, 256), torch.randn(1, 200, 64) / 8
     gradients = {}
     for precision in ("float32", "bfloat16"):
-        loss = Trainer(sae, 200, precision).loss_and_gradients(x, 0.1)
+        trainer = Trainer([sae], 200, precision)
+        loss = trainer.loss_and_gradients(x, 0.1)
         assert loss.reconstruction.dtype == loss.sparsity.dtype == torch.float32
-        gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in sae.parameters()])
+        gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in trainer.parameters.values()])
         assert gradients[precision].dtype == torch.float32
     assert (gradients["bfloat16"] - gradients["float32"]).norm() < 0.02 * gradients["float32"].norm()
 
@@ -65,20 +65,19 @@ def test_bfloat16_trains_as_well_as_float32(buffer):
 
 
 def test_decoder_has_unit_norm_after_every_step(buffer, monkeypatch):
-    norms = []
-    restore = SparseAutoencoder.normalise_decoder
+    off, steps, adams_step = [], [], torch.optim.Adam.step
 
-    def watched(self):
-        before = self.W_dec.norm(dim=1)
-        restore(self)
-        norms.append(((before - 1).abs().max().item(), (self.W_dec.norm(dim=1) - 1).abs().max().item()))
+    def watched(optimizer):
+        W_dec = optimizer.param_groups[0]["params"][1]
+        off.append(float((W_dec.norm(dim=-1) - 1).abs().max()))
+        adams_step(optimizer)
+        off.append(float((W_dec.norm(dim=-1) - 1).abs().max()))
 
-    monkeypatch.setattr(SparseAutoencoder, "normalise_decoder", watched)
-    steps = []
-    train_sae(buffer, Training(epochs=3, batch_size=100), progress=lambda step, total, loss: steps.append((step, total)))
-    assert steps == [(i + 1, 21) for i in range(21)] and len(norms) == 21
-    assert max(after for _, after in norms) < 1e-6
-    assert min(before for before, _ in norms) > 1e-5  # the step itself had broken it
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    sae = train_sae(buffer, Training(epochs=3, batch_size=100), progress=lambda step, total, loss: steps.append((step, total)))
+    assert steps == [(i + 1, 21) for i in range(21)] and len(off) == 42
+    assert max(off[::2]) < 1e-6 and float((sae.W_dec.norm(dim=-1) - 1).abs().max()) < 1e-6
+    assert min(off[1::2]) > 1e-5  # Adam itself had broken it
 
 
 def test_inputs_have_mean_squared_norm_one(buffer):
@@ -146,7 +145,36 @@ def test_resumed_training_comes_to_the_same_weights(buffer, precision, monkeypat
         again = train_sae(buffer, settings, resume=state, progress=lambda step, total, loss: steps.append((step, total)))
         assert all(torch.equal(a, b) for a, b in zip(at_once.state_dict().values(), again.state_dict().values()))
         assert steps[0] == (int(state["steps_done"]) + 1, steps[-1][0]) and steps[-1][0] == steps[-1][1]
-    assert not torch.equal(states[-1]["W_dec"], at_once.W_dec)
+    assert not torch.equal(states[-1]["W_dec"][0], at_once.W_dec)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_together_to_the_bit_as_alone(tmp_path, precision):
+    rng, settings, states = np.random.default_rng(0), Training(epochs=4, batch_size=50, precision=precision), []
+    for layer in range(3):
+        np.save(tmp_path / f"{layer}.npy", (rng.normal(size=(300, 32)) * (layer + 1) + layer).astype(np.float16))
+    buffers = [ActivationBuffer(tmp_path / f"{layer}.npy") for layer in range(3)]
+
+    def keep(state):
+        states.append({name: tensor.clone() for name, tensor in state.items()})
+
+    def equal(sae, alone):
+        return all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), alone.state_dict().values()))
+
+    alone = [train_sae(buffer, settings, {"layer": layer}) for layer, buffer in enumerate(buffers)]
+    at_once = train_together(buffers, settings, [{"layer": layer} for layer in range(3)], checkpoint=keep)
+    assert all(map(equal, at_once, alone)) and [sae.about["layer"] for sae in at_once] == [0, 1, 2]
+    two = {name: tensor[1:] for name, tensor in states[1].items()}  # the first is done, and the others go on
+    assert all(map(equal, train_together(buffers[1:], settings, [None] * 2, resume=two), alone[1:]))
+
+
+def test_how_many_together(monkeypatch):
+    monkeypatch.setattr(sae_module, "POOL_BYTES", 1_000_000)
+    settings = Training(batch_size=128)
+    assert together(rows=1000, width=96, settings=settings, device="cpu") == 5  # buffers of 192,000 bytes
+    assert together(rows=10**5, width=96, settings=settings, device="cpu") == 1
+    assert together(rows=1000, width=1536, settings=settings, device="cpu") == 1  # a large step
+    assert together(rows=1000, width=90, settings=settings, device="cpu") == 1
 
 
 @pytest.mark.parametrize("pool_rows", [700, 256, 90])
@@ -195,12 +223,12 @@ def test_saved_without_pickle_and_loaded_the_same(buffer, tmp_path, capsys):
 def test_what_cannot_be_trained(tmp_path):
     with pytest.raises(SAEError, match="--batch-size 64 is larger than the 50"):
         train_sae(save(tmp_path, np.random.default_rng(0).normal(size=(50, 4))), Training(batch_size=64))
-    with pytest.raises(SAEError, match="all class tokens are the same"):
+    with pytest.raises(SAEError, match="tokens.npy: all class tokens are the same"):
         train_sae(save(tmp_path, np.ones((50, 4))), Training(batch_size=16))
-    with pytest.raises(SAEError, match="the class tokens are not finite"):
+    with pytest.raises(SAEError, match="tokens.npy: the class tokens are not finite"):
         train_sae(save(tmp_path, np.full((50, 4), np.nan)), Training(batch_size=16))
     losses = []
-    with pytest.raises(SAEError, match="not finite at step") as error:
+    with pytest.raises(SAEError, match="tokens.npy: the loss or a weight is not finite at step") as error:
         train_sae(save(tmp_path, np.random.default_rng(0).normal(size=(64, 4))), Training(batch_size=16, lr=1e30, epochs=9),
                   progress=lambda step, steps, loss: losses.append(float(loss.reconstruction)))
     first = 1 + next(i for i, loss in enumerate(losses) if not np.isfinite(loss))

@@ -16,8 +16,7 @@ from reproduce import find_images
 def start(data, hub, processes, *more, out="out"):
     script = Path("run.py")
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport reproduce\n"
-        "reproduce.draw_figures = lambda *of: {}  # which take most of the time\n"
+        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\nimport conftest, reproduce\nconftest.make_quick()\n"
         "if __name__ == '__main__':\n    sys.exit(reproduce.main())\n"
     )
     run = [str(script), "--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--out", out,
