@@ -169,12 +169,12 @@ def record_class_tokens(model: nn.Module, batches, layers, folder, names=None, c
     try:
         for images, labels, ids in batches:
             with fast:
-                tokens = class_tokens(model, images.to(device, non_blocking=True), layers).half().cpu()  # (L, B, n)
-            if not tokens.isfinite().all():
+                tokens = class_tokens(model, images.to(device, non_blocking=True), layers).half()  # (L, B, n)
+            if not tokens.isfinite().all():  # asked where they are: on the host it takes as long as writing them
                 place, image = (~tokens.isfinite()).any(-1).nonzero()[0].tolist()
                 name = names[int(ids[image])] if names is not None else int(ids[image])
                 raise BackboneError(f"layer {layers[place]}, image {name}: the class token is not finite in fp16")
-            for file, rows in zip(files.values(), [*tokens, labels, ids]):
+            for file, rows in zip(files.values(), [*tokens.cpu(), labels, ids]):
                 file.append(rows.numpy())
             if commit is not None:
                 commit(sync)
