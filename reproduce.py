@@ -11,6 +11,7 @@ Four stages, each skipped where its work is already in the output folder:
 
 torchrun --nproc-per-node 8 reproduce.py ...  shares the images of stage 1 and the layers of stages 2 and 3 among GPUs.
 """
+# In this file: settings, files, data, the demo, the stages, published SAEs, results, the plan, the run.
 import argparse
 import base64
 import csv
@@ -296,6 +297,35 @@ def held(out: Path):
         yield
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, file size limit
+
+
+@contextmanager
+def room(out: Path, needed: dict[str, int]):
+    """A disk too full for the bytes `needed`, by part, is an InputError: beforehand where it can be told, else when it is."""
+    parts = ", ".join(f"{size(count)} of {name}" for name, count in needed.items() if count)
+    free = shutil.disk_usage(next(place for place in (out, *out.resolve().parents) if place.exists())).free
+    if sum(needed.values()) > free:
+        raise InputError(f"not enough disk: {parts} are to go to {out}, where {size(free)} are free; make room there, "
+                         "choose another --out, fewer --layers or a lower --images-per-class")
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(f"the disk is full ({error}): {parts} were to go to {out} when this run began; make room there "
+                         "and give the same command again, which goes on from here") from error
+
+
+def size(count: float) -> str:
+    """bytes -> "3.9 GB" """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
@@ -482,6 +512,10 @@ DEMO_KINDS = 5  # of traits: hue, shape, texture, rim, mark
 DEMO_SIZE, DEMO_TRAIN, DEMO_VAL = 32, 150, 50  # pixels a side, images a class
 DEMO_STEPS, DEMO_BATCH = 500, 64  # of the ViT's training, on images drawn anew for each step
 DEMO_HIDDEN = 0.05  # how often a texture, rim or mark is not to be seen; then only the hypernym can be told
+DEMO_NOTE = (
+    "This is the built-in demo: drawn images with a planted hierarchy and a small ViT trained on the spot. Its numbers "
+    "check the pipeline and are not the paper's. The paper's job: python reproduce.py --layers all --data <ImageNet>"
+)
 
 
 def demo_traits(tree: Taxonomy) -> torch.Tensor:
@@ -782,6 +816,71 @@ def read_states(path: Path, identities: dict[str, dict]) -> dict[str, torch.Tens
         tqdm.write(f"      {path} is damaged ({error}): its training starts anew")
 
 
+def load_sae(folder: Path, device: str) -> SparseAutoencoder:
+    return SparseAutoencoder.from_pretrained(folder).to(device)
+
+
+def score_layer(settings, out: Path, folder: Path, tree: Taxonomy, layer: int, recorded: dict) -> dict:
+    """Stage 3 for one layer: its row of layers.csv, its rows of hierarchy.csv, and every hypernym's best latent."""
+    used = {split: [f"{split}/{file}.npy" for file in (layer_name(layer), "labels")] for split in ("train", "val")}
+    tokens_used = {"tokens": [recorded["tokens"][file] for files in used.values() for file in files], "seed": settings.seed}
+    identity = tokens_used | {
+        "top_k": settings.top_k, "response_rate": settings.response_rate, "sae": checksum(folder / "model.safetensors"),
+        "taxonomy": zlib.crc32(np.packbits(tree.leaves).tobytes()),
+        "code": code_of("metrics", "taxonomy", "sae", score_layer, best_latents),
+    }
+    if known := usable(folder / "scores.json", identity):
+        return known
+    tokens = {split: ActivationBuffer(intact(out, recorded, files[0]), settings.device) for split, files in used.items()}
+    labels = {split: np.load(intact(out, recorded, files[1])) for split, files in used.items()}
+    sae = load_sae(folder, settings.device)
+    statistics = tokens["train"].statistics()
+    about = {"inputs": "centred", "seed": 0, **(sae.about or {})}
+    alike = Training(expansion=len(sae.b_enc) // tokens["train"].width, inputs=about["inputs"], seed=about["seed"])
+    untrained = new_sae(statistics, alike).to(settings.device)
+    mean = statistics.mean.float().to(settings.device)
+    shuffled = np.random.default_rng(settings.seed).permutation(labels["val"])
+
+    probe_file = out / f"tokens/probes/{layer_name(layer)}_seed-{settings.seed}.json"  # a probe does not depend on the SAE
+    probe_made_from = {**tokens_used, "code": code_of(linear_probe)}
+    probe = usable(probe_file, probe_made_from) or write_record(probe_file, probe_made_from, top1=linear_probe(
+        tokens["train"].tokens, labels["train"], tokens["val"].tokens, labels["val"], settings.device, settings.seed
+    ))
+    row = {"layer": layer, "width": len(mean), "gamma": statistics.gamma, "probe_top1": probe["top1"]}
+    row |= reconstruction(sae, tokens["val"].batches(VAL_BATCH))._asdict()
+    hierarchy, hypernyms = [], {}
+    for name, encode, labelings in [
+        ("sae", sae.encode, {"true": labels["val"], "shuffled": shuffled}),
+        ("neurons", neurons(mean), {"true": labels["val"]}),
+        ("untrained", untrained.encode, {"true": labels["val"]}),
+    ]:
+        batches = tokens["val"].batches(VAL_BATCH)
+        profiles = profile_latents(encode, batches, list(labelings.values()), len(tree.classes), settings.top_k)
+        for labeling, profile in zip(labelings, profiles):
+            scores = score_hierarchy(profile, tree, settings.response_rate)
+            hierarchy.append({"layer": layer, "dictionary": name, "labels": labeling, **scores.summary()})
+            if name == "sae":
+                hypernyms[labeling] = best_latents(scores, profile, tree)
+    return write_record(folder / "scores.json", identity, layers=row, hierarchy=hierarchy, hypernyms=hypernyms)
+
+
+def best_latents(scores: Scores, profile: Profile, tree: Taxonomy) -> dict:
+    """wnid of each hypernym that some latent responds to -> the latent that matches it best."""
+    place = {latent: i for i, latent in enumerate(scores.latents.tolist())}
+    return {
+        tree.wnids[v]: {
+            "match": float(match), "latent": latent, "lch": tree.wnids[scores.lch[place[latent]]],
+            "coverage": float(scores.coverage[place[latent]]), "top_images": profile.top_images[latent].tolist(),
+        }
+        for v, match, latent in zip(scores.hypernyms, scores.hypernym_match, scores.hypernym_latent.tolist())
+        if latent >= 0
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published SAEs: the Hugging Face Hub, or a folder
+
+
 def fetch_saes(settings, out: Path, layers: list[int], width: int) -> dict[int, Path]:
     """Instead of stage 2: published SAEs, from a folder or the Hub, copied beside the run's own; their folders by layer."""
     source = Path(settings.saes).expanduser()
@@ -890,67 +989,6 @@ z = sae.encode(x)  # raw class tokens (B, n) -> latents (B, m)
 
 {settings}
 """
-
-
-def load_sae(folder: Path, device: str) -> SparseAutoencoder:
-    return SparseAutoencoder.from_pretrained(folder).to(device)
-
-
-def score_layer(settings, out: Path, folder: Path, tree: Taxonomy, layer: int, recorded: dict) -> dict:
-    """Stage 3 for one layer: its row of layers.csv, its rows of hierarchy.csv, and every hypernym's best latent."""
-    used = {split: [f"{split}/{file}.npy" for file in (layer_name(layer), "labels")] for split in ("train", "val")}
-    tokens_used = {"tokens": [recorded["tokens"][file] for files in used.values() for file in files], "seed": settings.seed}
-    identity = tokens_used | {
-        "top_k": settings.top_k, "response_rate": settings.response_rate, "sae": checksum(folder / "model.safetensors"),
-        "taxonomy": zlib.crc32(np.packbits(tree.leaves).tobytes()),
-        "code": code_of("metrics", "taxonomy", "sae", score_layer, best_latents),
-    }
-    if known := usable(folder / "scores.json", identity):
-        return known
-    tokens = {split: ActivationBuffer(intact(out, recorded, files[0]), settings.device) for split, files in used.items()}
-    labels = {split: np.load(intact(out, recorded, files[1])) for split, files in used.items()}
-    sae = load_sae(folder, settings.device)
-    statistics = tokens["train"].statistics()
-    about = {"inputs": "centred", "seed": 0, **(sae.about or {})}
-    alike = Training(expansion=len(sae.b_enc) // tokens["train"].width, inputs=about["inputs"], seed=about["seed"])
-    untrained = new_sae(statistics, alike).to(settings.device)
-    mean = statistics.mean.float().to(settings.device)
-    shuffled = np.random.default_rng(settings.seed).permutation(labels["val"])
-
-    probe_file = out / f"tokens/probes/{layer_name(layer)}_seed-{settings.seed}.json"  # a probe does not depend on the SAE
-    probe_made_from = {**tokens_used, "code": code_of(linear_probe)}
-    probe = usable(probe_file, probe_made_from) or write_record(probe_file, probe_made_from, top1=linear_probe(
-        tokens["train"].tokens, labels["train"], tokens["val"].tokens, labels["val"], settings.device, settings.seed
-    ))
-    row = {"layer": layer, "width": len(mean), "gamma": statistics.gamma, "probe_top1": probe["top1"]}
-    row |= reconstruction(sae, tokens["val"].batches(VAL_BATCH))._asdict()
-    hierarchy, hypernyms = [], {}
-    for name, encode, labelings in [
-        ("sae", sae.encode, {"true": labels["val"], "shuffled": shuffled}),
-        ("neurons", neurons(mean), {"true": labels["val"]}),
-        ("untrained", untrained.encode, {"true": labels["val"]}),
-    ]:
-        batches = tokens["val"].batches(VAL_BATCH)
-        profiles = profile_latents(encode, batches, list(labelings.values()), len(tree.classes), settings.top_k)
-        for labeling, profile in zip(labelings, profiles):
-            scores = score_hierarchy(profile, tree, settings.response_rate)
-            hierarchy.append({"layer": layer, "dictionary": name, "labels": labeling, **scores.summary()})
-            if name == "sae":
-                hypernyms[labeling] = best_latents(scores, profile, tree)
-    return write_record(folder / "scores.json", identity, layers=row, hierarchy=hierarchy, hypernyms=hypernyms)
-
-
-def best_latents(scores: Scores, profile: Profile, tree: Taxonomy) -> dict:
-    """wnid of each hypernym that some latent responds to -> the latent that matches it best."""
-    place = {latent: i for i, latent in enumerate(scores.latents.tolist())}
-    return {
-        tree.wnids[v]: {
-            "match": float(match), "latent": latent, "lch": tree.wnids[scores.lch[place[latent]]],
-            "coverage": float(scores.coverage[place[latent]]), "top_images": profile.top_images[latent].tolist(),
-        }
-        for v, match, latent in zip(scores.hypernyms, scores.hypernym_match, scores.hypernym_latent.tolist())
-        if latent >= 0
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1335,41 +1373,8 @@ def write_results(folder: Path, title: str, note: str, record: dict, agreement, 
     return "\n\n".join([note, *(section for name, section in sections.items() if name != "hypernyms")])
 
 
-def size(count: float) -> str:
-    """bytes -> "3.9 GB" """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-
-DEMO_NOTE = (
-    "This is the built-in demo: drawn images with a planted hierarchy and a small ViT trained on the spot. Its numbers "
-    "check the pipeline and are not the paper's. The paper's job: python reproduce.py --layers all --data <ImageNet>"
-)
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, file size limit
-
-
-@contextmanager
-def room(out: Path, needed: dict[str, int]):
-    """A disk too full for the bytes `needed`, by part, is an InputError: beforehand where it can be told, else when it is."""
-    parts = ", ".join(f"{size(count)} of {name}" for name, count in needed.items() if count)
-    free = shutil.disk_usage(next(place for place in (out, *out.resolve().parents) if place.exists())).free
-    if sum(needed.values()) > free:
-        raise InputError(f"not enough disk: {parts} are to go to {out}, where {size(free)} are free; make room there, "
-                         "choose another --out, fewer --layers or a lower --images-per-class")
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise InputError(f"the disk is full ({error}): {parts} were to go to {out} when this run began; make room there "
-                         "and give the same command again, which goes on from here") from error
+# the plan: what a run writes, computes and takes
 
 
 class Work(NamedTuple):
@@ -1540,6 +1545,10 @@ def still_to_write(out: Path, works: list[Work], training: Training, at_once: in
 
 
 RESULT_BYTES = 15_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
 
 
 def training_of(settings, rows: int) -> Training:
