@@ -26,6 +26,8 @@ from torch import nn
 
 POOL_BYTES = 1 << 30  # tokens shuffled together in memory; a layer of ImageNet-1k at width 1536 is four such pools
 SMALL_STEP = {"cpu": 2e9, "cuda": 1e11}  # FLOP of an SAE's step, up to which several are trained in one; cuda: a guess
+# PyTorch multiplies float32 with MKL, on an AMD CPU at half the speed of oneDNN, to which this is torch.compile's own way
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
 
@@ -196,6 +198,18 @@ class Loss(NamedTuple):
     sparsity: torch.Tensor  # (L,) mean of ‖z‖₁, before λ
 
 
+def multiply(a: torch.Tensor, b: torch.Tensor, bias=None, out=None) -> torch.Tensor:
+    """a (L, i, k) @ b (L, k, j), plus bias (L, j) -> (L, i, j)"""
+    if not (ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32):
+        return torch.bmm(a, b, out=out) if bias is None else torch.baddbmm(bias[:, None], a, b, out=out)
+    linear = lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # x weightᵀ + bias
+    if bias is None:  # for a gradient: a is a large transpose, of which a copy would be made; so (bᵀ aᵀ)ᵀ, of the small one
+        products = [linear(b.T, a, None).T for a, b in zip(a, b)]
+    else:
+        products = [linear(a, b.T, bias) for a, b, bias in zip(a, b, bias)]
+    return torch.stack(products, out=out)
+
+
 class Trainer:
     """Training steps of L SAEs of one size, each on tokens of its own: five matrix products, and little around them.
 
@@ -204,9 +218,9 @@ class Trainer:
 
     What makes it fast, all of it here: gradients by hand, into memory that is kept from step to step (no graph; new
     memory of this size is paid for page by page); in bfloat16 the products run on copies of weights that stay in
-    float32, as Adam does; the mask is one pass of ReLU's own backward (a Boolean mask takes 15 times as long in
-    bfloat16 on a CPU), and a sum over the batch is a product with ones (20 times). A small SAE's step is mostly the
-    starting of its twenty operations: L of them in one step start them once (`together`).
+    float32, as Adam does; in float32 they are oneDNN's (`multiply`); the mask is one pass of ReLU's own backward (a
+    Boolean mask takes 15 times as long in bfloat16 on a CPU), and a sum over the batch is a product with ones (20
+    times). A small SAE's step is mostly the starting of its twenty operations: L in one step start them once (`together`).
     """
 
     def __init__(self, saes: list[SparseAutoencoder], batch_size: int, precision: str = "float32"):
@@ -233,14 +247,14 @@ class Trainer:
         W_enc, W_dec, b_enc, b_dec = self.weights
         dW_enc, dW_dec, db_enc, db_dec = self.gradients
         x_low, B = x.to(self.dtype), x.shape[1]
-        z = torch.baddbmm(b_enc[:, None], x_low, W_enc.mT, out=self.z).relu_()  # (L, B, m)
-        error = torch.baddbmm(b_dec[:, None], z, W_dec).to(x.dtype).sub_(x)  # (L, B, n), in full: a small difference
+        z = multiply(x_low, W_enc.mT, b_enc, out=self.z).relu_()  # (L, B, m)
+        error = multiply(z, W_dec, b_dec).to(x.dtype).sub_(x)  # (L, B, n), in full: a small difference
         loss = Loss(error.square().sum((1, 2)) / B, (self.ones @ z).sum((1, 2), dtype=x.dtype) / B)
         error = error.mul_(2 / B).to(self.dtype)
-        torch.bmm(z.mT, error, out=dW_dec)
-        dz = torch.baddbmm(torch.full_like(b_enc[:, :1, None], l1 / B), error, W_dec.mT, out=self.dz)  # (L, B, m)
+        multiply(z.mT, error, out=dW_dec)
+        dz = multiply(error, W_dec.mT, torch.full_like(b_enc, l1 / B), out=self.dz)  # (L, B, m)
         torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)  # zero where z is
-        torch.bmm(dz.mT, x_low, out=dW_enc)
+        multiply(dz.mT, x_low, out=dW_enc)
         torch.bmm(self.ones, dz, out=db_enc[:, None])
         torch.bmm(self.ones, error, out=db_dec[:, None])
         if low:

@@ -27,7 +27,7 @@ import reproduce
 import sae as sae_module
 from dinov2_hooks import GrowingArray, SmallViT, record_class_tokens
 from metrics import profile_latents, reconstruction, score_hierarchy
-from sae import ActivationBuffer, SparseAutoencoder, Trainer, Training, fast_precision, new_sae, train_sae
+from sae import ActivationBuffer, SparseAutoencoder, Trainer, Training, fast_precision, multiply, new_sae, train_sae
 from taxonomy import Taxonomy, imagenet1k
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,15 +58,16 @@ def show(name: str, times: np.ndarray, remark: str = "") -> None:
 
 def five_products(n, m, batch_size, precision):
     """The limit: the step's matrix products alone, into memory that is there."""
-    new = lambda *shape: torch.randn(*shape, device=DEVICE).div_(shape[1] ** 0.5).to(getattr(torch, precision))
+    new = lambda *shape: torch.randn(1, *shape, device=DEVICE).div_(shape[1] ** 0.5).to(getattr(torch, precision))
+    bias, bias_out = new(1, m)[0], new(1, n)[0]
     x, W_enc, W_dec, z, x_hat, gradient = new(batch_size, n), new(m, n), new(m, n), new(batch_size, m), new(batch_size, n), new(m, n)
 
     def step():
-        torch.mm(x, W_enc.T, out=z)
-        torch.mm(z, W_dec, out=x_hat)
-        torch.mm(z.T, x, out=gradient)
-        torch.mm(x, W_dec.T, out=z)
-        torch.mm(z.T, x, out=gradient)
+        multiply(x, W_enc.mT, bias, out=z)
+        multiply(z, W_dec, bias_out, out=x_hat)
+        multiply(z.mT, x, out=gradient)
+        multiply(x, W_dec.mT, bias, out=z)
+        multiply(z.mT, x, out=gradient)
 
     return step
 
@@ -76,6 +77,9 @@ def ours(n, m, x, precision):
     return lambda: trainer.step(x[None], 0.1, 4e-4)
 
 
+PRODUCTS = ("aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
+
+
 def share_in_products(step) -> float:
     """Of the time in PyTorch's operations, that in matrix products, by its profiler."""
     with torch.profiler.profile() as profiler:
@@ -83,7 +87,7 @@ def share_in_products(step) -> float:
             step()
     time_of = lambda event: event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total
     events = profiler.key_averages()
-    return sum(time_of(event) for event in events if event.key in ("aten::bmm", "aten::baddbmm")) / sum(map(time_of, events))
+    return sum(time_of(event) for event in events if event.key in PRODUCTS) / sum(map(time_of, events))
 
 
 def overcomplete_step(n, m, x):

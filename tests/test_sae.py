@@ -1,4 +1,5 @@
 """The SAE against autograd, closed forms and a planted dictionary; its buffer against the array it reads."""
+import copy
 import json
 
 import numpy as np
@@ -22,24 +23,27 @@ def buffer(tmp_path):
     return save(tmp_path, torch.randn(700, 12, generator=torch.Generator().manual_seed(0)) * 2 + 5)
 
 
-def test_gradients_equal_autograd():
+@pytest.mark.parametrize("precision, tolerance", [("float64", {}), ("float32", {"rtol": 1e-5, "atol": 1e-5})])
+def test_gradients_equal_autograd(precision, tolerance):
     torch.manual_seed(0)
     saes = [SparseAutoencoder(12, 40).double() for _ in range(3)]
     for sae in saes:
         sae.b_enc.data += 0.1 * torch.randn(40)
         sae.b_dec.data += 0.1 * torch.randn(12)
     x, l1 = torch.randn(3, 50, 12, dtype=torch.float64), 0.07
-    trainer = Trainer(saes, 50, "float64")
-    loss = trainer.loss_and_gradients(x, l1)
+    trained = [copy.deepcopy(sae).to(getattr(torch, precision)) for sae in saes]
+    trainer = Trainer(trained, 50, precision)
+    loss = trainer.loss_and_gradients(x.to(getattr(torch, precision)), l1)
+    equal = lambda ours, autograds: torch.testing.assert_close(ours.double(), autograds, **tolerance)
     for i, (sae, its) in enumerate(zip(saes, x)):
         z = torch.relu(its @ sae.W_enc.T + sae.b_enc)
         x_hat = z @ sae.W_dec + sae.b_dec
         reconstruction = (its - x_hat).square().sum(1).mean()
         (reconstruction + l1 * z.abs().sum(1).mean()).backward()
-        torch.testing.assert_close(loss.reconstruction[i], reconstruction.detach())
-        torch.testing.assert_close(loss.sparsity[i], z.sum(1).mean().detach())
+        equal(loss.reconstruction[i], reconstruction.detach())
+        equal(loss.sparsity[i], z.sum(1).mean().detach())
         for name, parameter in sae.named_parameters():
-            torch.testing.assert_close(trainer.parameters[name].grad[i], parameter.grad)
+            equal(trainer.parameters[name].grad[i], parameter.grad)
 
 
 def test_bfloat16_gradients_are_float32s_up_to_rounding():
