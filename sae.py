@@ -25,7 +25,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 POOL_BYTES = 1 << 30  # tokens shuffled together in memory; a layer of ImageNet-1k at width 1536 is four such pools
-SMALL_STEP = {"cpu": 2e9, "cuda": 1e11}  # FLOP of an SAE's step, up to which several are trained in one; cuda: a guess
+SMALL_STEP = {"cpu": 2e8, "cuda": 1e11}  # FLOP of an SAE's step, up to which several are trained in one; cuda: a guess
 # PyTorch multiplies float32 with MKL, on an AMD CPU at half the speed of oneDNN, to which this is torch.compile's own way
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
