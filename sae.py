@@ -26,7 +26,7 @@ from torch import nn
 
 POOL_BYTES = 1 << 30  # tokens shuffled together in memory; a layer of ImageNet-1k at width 1536 is four such pools
 SMALL_STEP = {"cpu": 2e8, "cuda": 1e11}  # FLOP of an SAE's step, up to which several are trained in one; cuda: a guess
-# PyTorch multiplies float32 with MKL, on an AMD CPU at half the speed of oneDNN, to which this is torch.compile's own way
+# PyTorch multiplies float32 with MKL, on an AMD CPU much slower than with oneDNN, to which this is torch.compile's own way
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
@@ -51,6 +51,7 @@ class Statistics(NamedTuple):
 
 
 def pool_bytes(device: str) -> int:
+    """Of tokens in memory at once; on a GPU a quarter of its own."""
     return POOL_BYTES if device == "cpu" else max(POOL_BYTES, torch.cuda.mem_get_info()[1] // 4)
 
 
@@ -204,9 +205,9 @@ def multiply(a: torch.Tensor, b: torch.Tensor, bias=None, out=None) -> torch.Ten
         return torch.bmm(a, b, out=out) if bias is None else torch.baddbmm(bias[:, None], a, b, out=out)
     linear = lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # x weightᵀ + bias
     if bias is None:  # for a gradient: a is a large transpose, of which a copy would be made; so (bᵀ aᵀ)ᵀ, of the small one
-        products = [linear(b.T, a, None).T for a, b in zip(a, b)]
+        products = [linear(right.T, left, None).T for left, right in zip(a, b)]
     else:
-        products = [linear(a, b.T, bias) for a, b, bias in zip(a, b, bias)]
+        products = [linear(left, right.T, added) for left, right, added in zip(a, b, bias)]
     return torch.stack(products, out=out)
 
 
