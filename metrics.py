@@ -189,11 +189,11 @@ def linear_probe(train, train_labels, val, val_labels, device: str = "cpu", seed
     """Top-1 accuracy on `val` (M, n) of a linear classifier fitted to `train` (N, n), arrays or memory maps.
 
     Multinomial logistic regression on features standardised on train; AdamW, batches of 256 consecutive rows (which
-    are to be in random order), 10 epochs but at least 3,000 steps, learning rate 2e-3 decaying to zero.
+    are to be in random order), 10 epochs but at least `least` steps, learning rate 2e-3 decaying to zero.
     """
+    epochs, steps = probe_steps(len(train), least)
     batch_size = min(256, len(train))
-    starts = np.arange(0, len(train) - batch_size + 1, batch_size)
-    epochs, _ = probe_steps(len(train), least)
+    starts = batch_size * np.arange(steps)
     total, squares = 0.0, 0.0
     for start in range(0, len(train), 8192):
         rows = np.asarray(train[start : start + 8192], np.float64)
@@ -210,7 +210,7 @@ def linear_probe(train, train_labels, val, val_labels, device: str = "cpu", seed
     probe = nn.Linear(len(mean), classes, device=device)
     nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=1e-2)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * len(starts))
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * steps)
     order = np.random.default_rng(seed)
     for _ in range(epochs):
         for start in order.permutation(starts):

@@ -68,7 +68,7 @@ from metrics import (
 )
 from sae import (
     SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fast_precision,
-    fitting_batch_size, new_sae, pool_bytes, together, train_together,
+    fitting_batch_size, new_sae, pool_bytes, step_flop, together, train_together,
 )
 from taxonomy import Taxonomy, TaxonomyError
 
@@ -1398,7 +1398,7 @@ def plan(model, transform, counts: dict[str, int], classes: int, layers: list[in
     return [
         Work("class tokens", sum(L * (HEADER + 2 * n * count) + 2 * (HEADER + 8 * count) for count in counts.values()),
              images * one_image.get_total_flops()),
-        Work("SAEs", L * sae, L * training.epochs * (train // training.batch_size) * training.batch_size * 10 * n * m),
+        Work("SAEs", L * sae, L * training.epochs * (train // training.batch_size) * step_flop(n, training)),
         Work("scores", None, L * (val * 8 * n * m + epochs * steps * 256 * 6 * n * classes)),  # four passes of 2nm; the probe
         Work("tables, figures: at most", RESULT_BYTES, None),
     ]
@@ -1644,15 +1644,15 @@ def run(settings: argparse.Namespace) -> None:
         finished("saes")
 
         print("[3/4] scores: reconstruction, probe, hierarchy")
-        for layer in tqdm(layers[RANK::WORLD], "      layers", unit="layer", disable=RANK > 0):
-            score_layer(settings, out, saes[layer], tree, layer, recorded)
+        score = lambda layer: score_layer(settings, out, saes[layer], tree, layer, recorded)
+        mine = {layer: score(layer) for layer in tqdm(layers[RANK::WORLD], "      layers", unit="layer", disable=RANK > 0)}
         wait_for_all()
         finished("scores")
         if RANK > 0:
             return
 
         print("[4/4] tables, figures, report")
-        scores = [score_layer(settings, out, saes[layer], tree, layer, recorded) for layer in layers]  # as kept
+        scores = [mine.get(layer) or score(layer) for layer in layers]  # those of other processes as they kept them
         by_layer = [score["layers"] for score in scores]
         hierarchy = [row for score in scores for row in score["hierarchy"]]
         agreement, agreement_shuffled = (consistency(scores, labels) for labels in ("true", "shuffled"))

@@ -310,13 +310,18 @@ def fitting_batch_size(rows: int, epochs: int, steps: int = 1500, largest: int =
     return min(batch_size, rows)
 
 
+def step_flop(width: int, settings: Training) -> int:
+    """Of an SAE's training step: five products of 2 · batch · width · latents."""
+    return 10 * settings.batch_size * settings.expansion * width**2
+
+
 def together(rows: int, width: int, settings: Training, device: str) -> int:
     """How many SAEs, each on a buffer (rows, width), to train in one step: where steps are small, what one pool holds.
 
     Only at widths that are a multiple of 16, where Adam's vectors end where an SAE ends, and so round as for one alone.
     """
-    flop = 10 * settings.batch_size * settings.expansion * width**2
-    return max(1, pool_bytes(device) // (2 * width * rows)) if flop <= SMALL_STEP[device] and width % 16 == 0 else 1
+    small = step_flop(width, settings) <= SMALL_STEP[device] and width % 16 == 0
+    return max(1, pool_bytes(device) // (2 * width * rows)) if small else 1
 
 
 def new_sae(statistics: Statistics, settings: Training, about: dict | None = None) -> SparseAutoencoder:
