@@ -93,6 +93,22 @@ def quick(monkeypatch):
     make_quick(monkeypatch.setattr)
 
 
+def small_run(data, hub, *more) -> list[str]:
+    """Arguments for reproduce.py; of an option given twice, the later holds."""
+    return ["--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--out", "out", "--top-k", "4", "--epochs", "3",
+            "--device", "cpu", *map(str, more)]
+
+
+def copied(state: dict) -> dict:
+    """A training's state as it is now."""
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def same_sae(a, b) -> bool:
+    """To the bit."""
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
 def results(out="out", aside=()):
     """results.json without seconds and the settings `aside`, and SAEs and tokens by name: what runs alike must have alike."""
     record = json.loads(Path(out, "results/results.json").read_text())

@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
-from conftest import WNIDS, results, write_hub, write_images
+from conftest import WNIDS, results, small_run, write_hub, write_images
 
 EPOCHS = 12
 STAGES = ["before", "tokens", "SAEs", "scores", "results"]
@@ -54,10 +54,7 @@ def start(folder: Path, data: Path, log: Path, roomy: bool = False) -> int:
 
 def run(data: Path) -> int:
     reproduce.COMMIT_SECONDS, reproduce.IMAGES_PER_STEP = 0, 16  # commit after every batch, every epoch
-    return reproduce.main([
-        "--data", f"{data}/images", "--hub", f"{data}/hub", "--backbone", "small_vit", "--out", "out", "--top-k", "4",
-        "--epochs", str(EPOCHS), "--device", "cpu",
-    ])
+    return reproduce.main(small_run(data / "images", data / "hub", "--epochs", EPOCHS))
 
 
 def finish(pid: int) -> int:

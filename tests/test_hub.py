@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, small_run
 from test_reproduce import elsewhere, refused, reproduce_here  # noqa: F401
 
 
@@ -117,15 +117,10 @@ def sentence(outcome):
     return errors[0]
 
 
-def arguments(data, hub, *more):
-    return ["--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--top-k", "4", "--epochs", "2", "--device", "cpu",
-            "--layers", "0,2", *more]
-
-
 def test_published_loaded_and_scored(data, hub, tmp_path, server):
     address = f"http://127.0.0.1:{server.server_port}"
-    publish = arguments(data, hub, "--out", "out", "--push-to-hub", "me/saes")
-    score = arguments(data, hub, "--out", "scored", "--saes", "me/saes")
+    publish = small_run(data, hub, "--layers", "0,2", "--push-to-hub", "me/saes")
+    score = small_run(data, hub, "--layers", "0,2", "--out", "scored", "--saes", "me/saes")
     load = ["load", "me/saes", "layer_02"]
     *outcomes, (code, said), (_, about), (scored, again), nothing, lacking = at(
         address, tmp_path, (None, publish), ("wrong", publish), ("read", publish), ("write", publish), (None, load), (None, score),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import reproduce
-from conftest import WNIDS, make_quick, write_images
+from conftest import WNIDS, make_quick, small_run, write_images
 from reproduce import (
     DEMO_CLASSES, InputError, check_claims, consistency, demo_traits, draw, eval_transform, find_images, hypernym_rows, main,
     named_latents, parse_layers, read_image,
@@ -177,8 +177,7 @@ def test_the_demos_object_lies_where_it_is_said_to_lie():
 
 
 def reproduce_here(data, hub, *more):
-    return main(["--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--out", "out", "--top-k", "4",
-                 "--epochs", "2", "--device", "cpu", *more])
+    return main(small_run(data, hub, "--epochs", "2", *more))
 
 
 def read_csv(name):

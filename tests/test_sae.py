@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sae as sae_module
+from conftest import copied, same_sae
 from sae import (
     ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Trainer, Training, fitting_batch_size, new_sae, schedule,
     together, train_sae, train_together,
@@ -129,7 +130,7 @@ def test_same_seed_same_weights(buffer):
     settings = Training(epochs=2, batch_size=64, seed=3)
     first, second = train_sae(buffer, settings), train_sae(buffer, settings)
     other = train_sae(buffer, Training(epochs=2, batch_size=64, seed=4))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert same_sae(first, second)
     assert not torch.equal(first.W_dec, other.W_dec)
 
 
@@ -138,16 +139,12 @@ def test_resumed_training_comes_to_the_same_weights(buffer, precision, monkeypat
     monkeypatch.setattr(sae_module, "POOL_BYTES", 300 * 2 * 12)  # three pools, in another order each epoch
     buffer = ActivationBuffer(buffer.tokens.filename)
     settings, states = Training(epochs=4, batch_size=64, seed=3, precision=precision), []
-
-    def keep(state):
-        states.append({name: tensor.clone() for name, tensor in state.items()})
-
-    at_once = train_sae(buffer, settings, checkpoint=keep)
+    at_once = train_sae(buffer, settings, checkpoint=lambda state: states.append(copied(state)))
     assert len(states) == 3
     for state in states:
         steps = []
         again = train_sae(buffer, settings, resume=state, progress=lambda step, total, loss: steps.append((step, total)))
-        assert all(torch.equal(a, b) for a, b in zip(at_once.state_dict().values(), again.state_dict().values()))
+        assert same_sae(at_once, again)
         assert steps[0] == (int(state["steps_done"]) + 1, steps[-1][0]) and steps[-1][0] == steps[-1][1]
     assert not torch.equal(states[-1]["W_dec"][0], at_once.W_dec)
 
@@ -159,17 +156,12 @@ def test_together_to_the_bit_as_alone(tmp_path, precision):
         np.save(tmp_path / f"{layer}.npy", (rng.normal(size=(300, 32)) * (layer + 1) + layer).astype(np.float16))
     buffers = [ActivationBuffer(tmp_path / f"{layer}.npy") for layer in range(3)]
 
-    def keep(state):
-        states.append({name: tensor.clone() for name, tensor in state.items()})
-
-    def equal(sae, alone):
-        return all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), alone.state_dict().values()))
-
     alone = [train_sae(buffer, settings, {"layer": layer}) for layer, buffer in enumerate(buffers)]
-    at_once = train_together(buffers, settings, [{"layer": layer} for layer in range(3)], checkpoint=keep)
-    assert all(map(equal, at_once, alone)) and [sae.about["layer"] for sae in at_once] == [0, 1, 2]
+    abouts = [{"layer": layer} for layer in range(3)]
+    at_once = train_together(buffers, settings, abouts, checkpoint=lambda state: states.append(copied(state)))
+    assert all(map(same_sae, at_once, alone)) and [sae.about["layer"] for sae in at_once] == [0, 1, 2]
     two = {name: tensor[1:] for name, tensor in states[1].items()}  # the first is done, and the others go on
-    assert all(map(equal, train_together(buffers[1:], settings, [None] * 2, resume=two), alone[1:]))
+    assert all(map(same_sae, train_together(buffers[1:], settings, [None] * 2, resume=two), alone[1:]))
 
 
 def test_how_many_together(monkeypatch):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import reproduce
 import taxonomy
-from conftest import WNIDS, results, write_images
+from conftest import WNIDS, copied, results, same_sae, small_run, write_images
 from dinov2_hooks import GrowingArray, checksum
 from reproduce import InputError, main, parse_layers
 from sae import ActivationBuffer, Training, train_sae
@@ -34,11 +34,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 resource = pytest.importorskip("resource", reason="no POSIX system")
 MOVED = ("data", "hub")  # settings that name another place with the same in it
 few = settings(max_examples=25, deadline=None)  # hypothesis' own examples for each property
-
-
-def arguments(data, hub, *more):
-    return ["--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--out", "out", "--top-k", "4", "--epochs", "3",
-            "--device", "cpu", *more]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +48,7 @@ class Killed(BaseException):
 def test_killed_after_every_few_writes(data, hub, monkeypatch, capsys, writes):
     monkeypatch.setattr(reproduce, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(reproduce, "IMAGES_PER_STEP", 8)
-    run = arguments(data, hub, "--layers", "0,2")
+    run = small_run(data, hub, "--layers", "0,2")
     assert main(run) == 0
     expected, whole, kills = results(aside=MOVED), reproduce.whole, 0
     shutil.rmtree("out")
@@ -92,8 +87,8 @@ def test_no_committed_work_is_done_again(data, hub, monkeypatch):
     counted.__wrapped__ = read_image  # inspect.getsource follows it: the code's hash stays
     monkeypatch.setattr(reproduce, "read_image", counted)
     with pytest.raises(Killed):
-        main(arguments(data, hub))
-    assert main(arguments(data, hub)) == 0
+        main(small_run(data, hub))
+    assert main(small_run(data, hub)) == 0
     assert seen.count("train") == 48 + 6  # the five images of the batch of eight that was under way, and the one at fault
 
 
@@ -125,10 +120,9 @@ def test_training_resumes_anywhere(tmp_path_factory, epochs, stop, batch_size, i
     path = tmp_path_factory.mktemp("tokens") / "layer.npy"
     np.save(path, np.random.default_rng(0).normal(size=(60, 4)).astype(np.float16))
     training, states = Training(epochs=epochs, batch_size=batch_size, inputs=inputs), [None]
-    at_once = train_sae(ActivationBuffer(path), training, checkpoint=lambda state: states.append(
-        {name: tensor.clone() for name, tensor in state.items()}))
+    at_once = train_sae(ActivationBuffer(path), training, checkpoint=lambda state: states.append(copied(state)))
     resumed = train_sae(ActivationBuffer(path), training, resume=states[stop % len(states)])
-    assert all(torch.equal(a, b) for a, b in zip(at_once.state_dict().values(), resumed.state_dict().values()))
+    assert same_sae(at_once, resumed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +139,7 @@ def finished():
 @pytest.fixture
 def done(data, hub, finished):
     """A finished run of one layer; its (arguments, results)."""
-    run = arguments(data, hub, "--layers", "1")
+    run = small_run(data, hub, "--layers", "1")
     if (finished / "out").is_dir():  # of images drawn alike, elsewhere
         shutil.copytree(finished / "out", "out")
     else:
@@ -289,10 +283,10 @@ def test_the_second_run_says_who_holds_the_folder(data, hub, capsys):
     holder.start()
     assert held.wait(60)
     words = f"out is in use by process {holder.pid} on ", "wait for it to end, or give another --out"
-    refused(capsys, arguments(data, hub), *words)
+    refused(capsys, small_run(data, hub), *words)
     holder.kill()  # the lock goes with the process
     holder.join()
-    assert main(arguments(data, hub, "--layers", "1")) == 0
+    assert main(small_run(data, hub, "--layers", "1")) == 0
 
 
 @pytest.mark.parametrize("limit", [300, 2500, 9_000, 60_000])
@@ -313,7 +307,7 @@ def test_a_file_size_limit_is_told_with_what_is_needed_and_resumed_from(done, ca
 
 def test_a_run_writes_nowhere_else(data, hub, tmp_path):
     before = snapshot(tmp_path)
-    assert main(arguments(data, hub, "--layers", "1")) == 0
+    assert main(small_run(data, hub, "--layers", "1")) == 0
     changed = {path for path, when in snapshot(tmp_path).items() if before.get(path) != when}
     assert changed and all(path.startswith(str(tmp_path / "work/out")) for path in changed)
 
@@ -379,7 +373,7 @@ def put(folder, name, content):
 def test_odd_images_that_are_images(data, hub):
     for name, content in ODD.items():
         put(data / "val" / WNIDS[1], name, content)
-    run = arguments(data, hub, "--layers", "last")
+    run = small_run(data, hub, "--layers", "last")
     assert main(run) == 0
     expected, split = results(aside=MOVED), reproduce.find_images(str(data), None)[1]
     tokens = np.load("out/tokens/val/layer_02.npy")
@@ -397,11 +391,11 @@ def test_odd_images_that_are_images(data, hub):
 def test_images_that_are_none(data, hub, capsys, name):
     content, words = NONE[name]
     put(data / "train" / WNIDS[1], name, content)
-    refused(capsys, arguments(data, hub, "--layers", "last"), words, "--skip-bad-images")
+    refused(capsys, small_run(data, hub, "--layers", "last"), words, "--skip-bad-images")
 
 
 def test_images_that_are_none_are_left_out_if_asked(data, hub, capsys):
-    run = arguments(data, hub, "--layers", "last")
+    run = small_run(data, hub, "--layers", "last")
     assert main(run) == 0
     expected = results(aside=MOVED)[1]
     for name, (content, _) in NONE.items():
@@ -420,7 +414,7 @@ def test_folders_and_files_that_may_not_be_read_or_written(data, hub, capsys, mo
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to all but its user
         data, hub = shutil.copytree(data, f"{folder}/data"), shutil.copytree(hub, f"{folder}/hub")
         monkeypatch.chdir(folder)
-        run = arguments(data, hub, "--layers", "last")
+        run = small_run(data, hub, "--layers", "last")
         inside = [f"train/{WNIDS[0]}/more", f"val/{WNIDS[2]}", f"train/{WNIDS[1]}/03.png"]
         closed = [Path("."), *(Path(data, at) for at in inside)]
         closed[1].mkdir()  # os.walk would pass over it
@@ -441,7 +435,7 @@ def test_folders_and_files_that_may_not_be_read_or_written(data, hub, capsys, mo
 
 
 def test_links_pipes_and_folders_among_the_images(data, hub, capsys):
-    run, folder = arguments(data, hub, "--layers", "last"), data / "train" / WNIDS[0]
+    run, folder = small_run(data, hub, "--layers", "last"), data / "train" / WNIDS[0]
     for name, make, words in [
         ("loop.png", lambda path: os.symlink(path.name, path), "loop.png"),
         ("nowhere.png", lambda path: os.symlink("gone", path), "nowhere.png"),
@@ -498,31 +492,31 @@ EVERY_LINE = "".join(f"{wnid}_{i:02d}.png\t{wnid}\n" for wnid in WNIDS for i in 
 ])
 def test_bad_folders(data, hub, capsys, change, words):
     change(data)
-    refused(capsys, arguments(data, hub, "--layers", "last"), words)
+    refused(capsys, small_run(data, hub, "--layers", "last"), words)
     assert not os.path.exists("out/results")
 
 
 def test_no_image_of_a_split_decodes(data, hub, capsys):
     for path in (data / "val").rglob("*.png"):
         path.write_text("x")
-    refused(capsys, arguments(data, hub, "--layers", "last", "--skip-bad-images"), "none of the 20 images", "decodes")
+    refused(capsys, small_run(data, hub, "--layers", "last", "--skip-bad-images"), "none of the 20 images", "decodes")
 
 
 def test_one_image_a_class(data, hub, capsys):
     for path in data.rglob("*.png"):
         if path.name != "00.png":
             path.unlink()
-    assert main(arguments(data, hub, "--layers", "last")) == 0
+    assert main(small_run(data, hub, "--layers", "last")) == 0
     assert len(np.load("out/tokens/train/labels.npy")) == len(np.load("out/tokens/val/labels.npy")) == 4
     shutil.rmtree(data / "val")
-    refused(capsys, arguments(data, hub, "--out", "other"), "has one image, two are needed")
+    refused(capsys, small_run(data, hub, "--out", "other"), "has one image, two are needed")
 
 
 def test_a_class_above_another(data, hub, wordnet):
     rename_class(data, "n02084071")  # dog, and below it
     for split in ("train", "val"):
         shutil.copytree(data / split / WNIDS[0], data / split / "n02085620")  # Chihuahua
-    assert main(arguments(data, hub, "--layers", "last")) == 0
+    assert main(small_run(data, hub, "--layers", "last")) == 0
 
 
 @pytest.mark.parametrize("backbone, words", [
@@ -535,21 +529,21 @@ def test_a_class_above_another(data, hub, wordnet):
     ("", "has no such model"),
 ])
 def test_bad_backbones(data, hub, capsys, backbone, words):
-    refused(capsys, arguments(data, hub, "--backbone", backbone), words)
+    refused(capsys, small_run(data, hub, "--backbone", backbone), words)
     assert not os.path.exists("out/saes")
 
 
 @pytest.mark.parametrize("text, words", [("def (", "SyntaxError"), ("", "no such model"), ("raise SystemExit(3)", "SystemExit")])
 def test_bad_hubs(data, tmp_path, capsys, text, words):
-    refused(capsys, arguments(data, tmp_path), "has no hubconf.py")
+    refused(capsys, small_run(data, tmp_path), "has no hubconf.py")
     (tmp_path / "hubconf.py").write_text(text)
-    refused(capsys, arguments(data, tmp_path), words)
+    refused(capsys, small_run(data, tmp_path), words)
 
 
 def test_blocks_in_chunks_are_the_same_blocks(data, hub):
-    assert main(arguments(data, hub)) == 0
+    assert main(small_run(data, hub)) == 0
     expected = results(aside=MOVED)[1]
-    assert main(arguments(data, hub, "--backbone", "chunked_vit", "--out", "chunked")) == 0
+    assert main(small_run(data, hub, "--backbone", "chunked_vit", "--out", "chunked")) == 0
     for path, content in expected.items():
         assert Path("chunked", path).read_bytes() == content
 
@@ -577,13 +571,13 @@ def test_an_sae_of_another_width_is_not_taken(done, capsys):
     (["--images-per-class", "1", "--batch-size", "5"], "--batch-size 5 is above the number of training images, 4"),
 ])
 def test_numbers_out_of_all_bounds(data, hub, capsys, more, words):
-    refused(capsys, arguments(data, hub, *more), words)
+    refused(capsys, small_run(data, hub, *more), words)
     assert not os.path.exists("out")
 
 
 def test_an_output_folder_that_is_a_file(data, hub, capsys):
     Path("out").write_text("mine")
-    refused(capsys, arguments(data, hub), "out")
+    refused(capsys, small_run(data, hub), "out")
     assert Path("out").read_text() == "mine"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, WNIDS, results, write_images
+from conftest import ROOT, WNIDS, results, small_run, write_images
 from reproduce import find_images
 
 
@@ -19,8 +19,7 @@ def start(data, hub, processes, *more, out="out"):
         f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\nimport conftest, reproduce\nconftest.make_quick()\n"
         "if __name__ == '__main__':\n    sys.exit(reproduce.main())\n"
     )
-    run = [str(script), "--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--out", out,
-           "--top-k", "4", "--epochs", "3", "--device", "cpu", *more]
+    run = [str(script), *small_run(data, hub, "--out", out, *more)]
     if processes > 1:
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *run]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
