@@ -1,15 +1,15 @@
 """The ImageNet ancestor graph from WordNet: ancestors, heights, lowest common hypernyms (LCH).
 
-    tree = Taxonomy.from_wnids(["n02085620", "n02123045", "n02690373"])   # Chihuahua, tabby, airliner
-    v = tree.lch([[1, 1, 0]])[0]                                          # Chihuahua and tabby, not airliner
-    tree.names[v], tree.height[v]                                         # carnivore.n.01, 4
+    tree = Taxonomy.from_wnids(["n02085620", "n02123045", "n02690373"])
+    v = tree.lch([[1, 1, 0]])[0]     # of Chihuahua and tabby, not of airliner
+    tree.names[v], tree.height[v]    # carnivore.n.01, 4
 
-WordNet's noun hypernyms form a directed acyclic graph with one root, entity.n.01, not a tree: a synset may
-have several hypernyms. A node is named by its wnid, "n" and the eight-digit offset in WordNet 3.0, never by its
-name: "crane", "cardigan" and "maillot" each name two ImageNet classes.
+WordNet's noun hypernyms form a directed acyclic graph with one root, entity.n.01, not a tree: a
+synset may have several hypernyms. A node is known by its wnid, "n" and the eight-digit offset in
+WordNet 3.0, never by its name: "crane", "cardigan" and "maillot" each name two ImageNet classes.
 
-The graph over ImageNet-1k's classes is shipped in imagenet1k_wordnet.txt, which `python taxonomy.py` rebuilds from
-NLTK's WordNet 3.0 (licence: imagenet1k_wordnet.LICENSE). Wnids outside of it are looked up in NLTK's WordNet.
+The graph over ImageNet-1k's classes is shipped in imagenet1k_wordnet.txt, which `python
+taxonomy.py` rebuilds from NLTK's WordNet 3.0. Other wnids are looked up in NLTK's WordNet.
 """
 import functools
 import io
@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).with_name("imagenet1k_wordnet.txt")
 
 
 class TaxonomyError(ValueError):
-    """A wnid that is none, or that WordNet lacks; WordNet out of reach; a graph without a single root."""
+    """A wnid that is none or unknown; WordNet out of reach; a graph without a single root."""
 
 
 class Synset(NamedTuple):
@@ -35,7 +35,7 @@ class Synset(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Taxonomy:
-    """C classes, and the V nodes that are a class or above one. Arrays are indexed by node (V) and by class (C).
+    """C classes, and the V nodes that are a class or above one.
 
     A class is numbered by its place among the sorted wnids: torchvision's label order.
     """
@@ -49,29 +49,32 @@ class Taxonomy:
     leaves: np.ndarray
     """(V, C) bool, True where the class is at or below the node: the ancestor matrix"""
     height: np.ndarray
-    """(V,) int, edges on the longest path from the node down to a class; 0 for a class with none below it"""
+    """(V,) int, edges on the longest path from the node down to a class; 0 with none below"""
     depth: np.ndarray
     """(V,) int, edges on the longest path from the root down to the node"""
     lowest: np.ndarray
-    """(V,) int, the lowest node with the same set of classes: no latent can tell the nodes of such a chain apart"""
+    """(V,) int, the lowest node with the same set of classes: no latent can tell these apart"""
 
     @classmethod
     def from_wnids(cls, wnids) -> "Taxonomy":
-        """The taxonomy of some classes: from the shipped graph, and from NLTK's WordNet where that lacks a wnid.
+        """The taxonomy of some classes, from the shipped graph, else from NLTK's WordNet.
 
-        Raises TaxonomyError for a wnid that is none or that WordNet lacks, and where WordNet cannot be had.
+        Raises TaxonomyError for a wnid that is none or unknown, and where WordNet cannot be had.
         """
         graph = read_graph(SHIPPED)
         for wnid in wnids:
             if not re.fullmatch(r"n\d{8}", wnid):
-                raise TaxonomyError(f"{wnid!r} is not a wnid: 'n' and eight digits, as in n02085620")
+                raise TaxonomyError(f"{wnid!r} is not a wnid: 'n' and eight digits, n02085620")
         if not set(wnids) <= graph.keys():
             graph = wordnet_graph(wnids)
         return cls.from_graph(graph, wnids)
 
     @classmethod
     def from_graph(cls, graph: dict[str, Synset], wnids) -> "Taxonomy":
-        """The part of `graph` (wnid -> Synset) at or above the classes `wnids`. Raises TaxonomyError on two roots."""
+        """The part of `graph` (wnid -> Synset) at or above the classes `wnids`.
+
+        Raises TaxonomyError where that has several roots.
+        """
         above, stack = set(), list(wnids)
         while stack:
             if (wnid := stack.pop()) not in above:
@@ -81,7 +84,7 @@ class Taxonomy:
         index = {wnid: v for v, wnid in enumerate(nodes)}
         roots = [wnid for wnid in nodes if not graph[wnid].hypernyms]
         if len(roots) != 1:
-            raise TaxonomyError(f"one root is needed, above all classes; here are {len(roots)}: {', '.join(roots)}")
+            raise TaxonomyError(f"one root is needed, here are {len(roots)}: {', '.join(roots)}")
 
         @functools.cache
         def depth_of(wnid):
@@ -92,7 +95,7 @@ class Taxonomy:
         leaves = np.zeros((len(nodes), len(classes)), bool)
         leaves[class_nodes, np.arange(len(classes))] = True
         height = np.zeros(len(nodes), int)
-        for v in np.argsort(-depth, kind="stable"):  # a node is deeper than its hypernyms, so all below v is done
+        for v in np.argsort(-depth, kind="stable"):  # deepest first: all below v is done
             for wnid in graph[nodes[v]].hypernyms:
                 parent = index[wnid]
                 leaves[parent] |= leaves[v]
@@ -101,31 +104,34 @@ class Taxonomy:
         first_of_set, lowest = {}, np.empty(len(nodes), int)
         for v in sorted(range(len(nodes)), key=lambda v: (height[v], -depth[v], nodes[v])):
             lowest[v] = first_of_set.setdefault(leaves[v].tobytes(), v)
-        return cls(nodes, [graph[w].name for w in nodes], class_nodes, leaves, height, depth, lowest)
+        names = [graph[wnid].name for wnid in nodes]
+        return cls(nodes, names, class_nodes, leaves, height, depth, lowest)
 
     @functools.cached_property
     def hypernyms(self) -> np.ndarray:
-        """(H,) the distinct inner nodes: at least two classes, one node (the lowest) for each set of classes."""
-        return np.flatnonzero((self.lowest == np.arange(len(self.wnids))) & (self.leaves.sum(1) >= 2))
+        """(H,) the distinct inner nodes: one, the lowest, for each set of at least two classes."""
+        distinct = self.lowest == np.arange(len(self.wnids))
+        return np.flatnonzero(distinct & (self.leaves.sum(1) >= 2))
 
     @functools.cached_property
     def _best_first(self) -> np.ndarray:
-        """(V,) nodes in the order in which an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
-        return np.lexsort((np.arange(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth))
+        """(V,) nodes as an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
+        order = np.arange(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth
+        return np.lexsort(order)
 
     def lch(self, sets) -> np.ndarray:
-        """Lowest common hypernym of each of M sets of classes: sets (M, C), non-zero where in the set -> (M,) nodes.
+        """Lowest common hypernyms of M sets of classes: (M, C), non-zero where in the set -> (M,).
 
-        Among the nodes at or above every class of a set, the deepest (longest path from the root), as NLTK's
-        `lowest_common_hypernyms` has it for a pair; ties by least height, then fewest leaves, then wnid.
-        Raises TaxonomyError for an empty set.
+        Among the nodes at or above every class of a set, the deepest (longest path from the root),
+        as NLTK's `lowest_common_hypernyms` has it for a pair; ties by least height, then fewest
+        leaves, then wnid. Raises TaxonomyError for an empty set.
         """
         sets = (np.asarray(sets) != 0).astype(np.float32)
         size = sets.sum(1, keepdims=True)
         if not size.all():
-            raise TaxonomyError(f"set {int(np.argmin(size))} is empty and has no lowest common hypernym")
+            raise TaxonomyError(f"set {int(np.argmin(size))} is empty and has no LCH")
         nodes = self._best_first
-        above_all = sets @ self.leaves[nodes].astype(np.float32).T == size  # (M, V): exact, as C < 2**24
+        above_all = sets @ self.leaves[nodes].astype(np.float32).T == size  # (M, V), exact
         return nodes[above_all.argmax(1)]
 
     @functools.cached_property
@@ -140,22 +146,20 @@ class Taxonomy:
 
 
 def read_graph(path) -> dict[str, Synset]:
-    """Read `wnid <tab> name <tab> hypernyms` lines, as `python taxonomy.py` writes them; # starts a comment."""
-    rows = [line.split("\t") for line in Path(path).read_text().splitlines() if line and line[0] != "#"]
+    """Read lines of `wnid <tab> name <tab> hypernyms`; # starts a comment."""
+    lines = Path(path).read_text().splitlines()
+    rows = [line.split("\t") for line in lines if line and line[0] != "#"]
     return {wnid: Synset(name, tuple(hypernyms.split())) for wnid, name, hypernyms in rows}
 
 
 def imagenet1k() -> list[str]:
-    """The 1,000 wnids of ImageNet-1k, sorted: the nodes of the shipped graph that nothing is below."""
+    """The 1,000 wnids of ImageNet-1k, sorted: the shipped nodes that nothing is below."""
     graph = read_graph(SHIPPED)
     return sorted(graph.keys() - {wnid for synset in graph.values() for wnid in synset.hypernyms})
 
 
 def wordnet_graph(wnids) -> dict[str, Synset]:
-    """All nodes at or above `wnids` in NLTK's WordNet 3.0, which is downloaded on first use.
-
-    Raises TaxonomyError where WordNet cannot be had, or lacks one of the wnids.
-    """
+    """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError where it lacks one."""
     wordnet = _wordnet()
     graph, stack = {}, []
     for wnid in sorted(set(wnids)):
@@ -168,8 +172,8 @@ def wordnet_graph(wnids) -> dict[str, Synset]:
     while stack:
         synset = stack.pop()
         above = synset.hypernyms() + synset.instance_hypernyms()
-        if graph.setdefault(_wnid(synset), Synset(synset.name(), tuple(sorted(map(_wnid, above))))):
-            stack += [hypernym for hypernym in above if _wnid(hypernym) not in graph]
+        graph[_wnid(synset)] = Synset(synset.name(), tuple(sorted(map(_wnid, above))))
+        stack += [hypernym for hypernym in above if _wnid(hypernym) not in graph]
     return graph
 
 
@@ -178,7 +182,8 @@ def _wnid(synset) -> str:
 
 
 def _wordnet():
-    import nltk  # takes a second to import, and is needed for wnids outside ImageNet-1k only
+    """NLTK's WordNet, downloaded on first use; TaxonomyError where it cannot be had."""
+    import nltk  # takes a second, and is needed for wnids outside ImageNet-1k only
     from nltk.corpus import wordnet
 
     try:
@@ -186,20 +191,18 @@ def _wordnet():
     except LookupError:
         if not nltk.download("wordnet", quiet=True, print_error_to=io.StringIO()):
             raise TaxonomyError(
-                "WordNet 3.0 is needed for wnids outside ImageNet-1k and could not be downloaded: on a machine with "
-                "internet run `python -m nltk.downloader -d nltk_data wordnet`, and set NLTK_DATA to a copy of that "
-                "folder"
-            ) from None
+                "WordNet 3.0 is needed for wnids outside ImageNet-1k and could not be downloaded: "
+                "where there is internet run `python -m nltk.downloader -d nltk_data wordnet`, and "
+                "set NLTK_DATA to a copy of that folder") from None
         wordnet.ensure_loaded()
     return wordnet
 
 
 if __name__ == "__main__":
     graph = wordnet_graph(imagenet1k())
-    SHIPPED.write_text(
-        "# WordNet 3.0's hypernyms above the 1,000 classes of ImageNet-1k (ILSVRC 2012), made by `python taxonomy.py`.\n"
-        "# WordNet 3.0 Copyright 2006 by Princeton University; licence in imagenet1k_wordnet.LICENSE.\n"
-        "# wnid <tab> synset <tab> wnids of its hypernyms; a class is a node that is nobody's hypernym.\n"
-        + "".join(f"{wnid}\t{graph[wnid].name}\t{' '.join(graph[wnid].hypernyms)}\n" for wnid in sorted(graph))
-    )
-    print(f"{SHIPPED.name}: {len(graph):,} nodes, {sum(len(s.hypernyms) for s in graph.values()):,} edges")
+    comments = [line for line in SHIPPED.read_text().splitlines() if line.startswith("#")]
+    lines = [f"{wnid}\t{graph[wnid].name}\t{' '.join(graph[wnid].hypernyms)}"
+             for wnid in sorted(graph)]
+    SHIPPED.write_text("\n".join(comments + lines) + "\n")
+    edges = sum(len(synset.hypernyms) for synset in graph.values())
+    print(f"{SHIPPED.name}: {len(graph):,} nodes, {edges:,} edges")

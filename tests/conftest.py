@@ -1,4 +1,4 @@
-"""What several test files share: a local torch.hub repository, folders of small images, WordNet, DINOv2's own code."""
+"""What tests share: a local torch.hub repository, small images, WordNet, DINOv2's own code."""
 import json
 import os
 import sys
@@ -12,7 +12,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-WNIDS = ["n01531178", "n02085620", "n02123045", "n02690373"]  # goldfinch, Chihuahua, tabby, airliner
+torch.set_num_threads(1)  # tensors are small: more threads would wait for each other
+# goldfinch, Chihuahua, tabby, airliner
+WNIDS = ["n01531178", "n02085620", "n02123045", "n02690373"]
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +44,12 @@ def hub(tmp_path_factory):
 
 
 def write_hub(folder: Path) -> Path:
-    """A torch.hub repository with one small random ViT for 224 x 224 images, 3 blocks of width 16, and what is none."""
+    """A torch.hub repository: a small random ViT, 3 blocks of width 16, and what is none."""
     folder.mkdir(exist_ok=True)
     (folder / "hubconf.py").write_text(
         "import sys, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from dinov2_hooks import SmallViT\n"
+        "from kit.demo import SmallViT\n"
         "def small_vit():\n"
         "    torch.manual_seed(0)\n"
         "    return SmallViT(classes=2, size=224, patch=56, width=16, depth=3, heads=2)\n"
@@ -81,42 +83,64 @@ def write_hub(folder: Path) -> Path:
 def make_quick(set_attribute=setattr, figures=False):
     """A small run's time is mostly that of its figures and of the 3,000 steps of its probes."""
     import metrics
-    import reproduce
+    from kit import report
 
-    set_attribute(metrics, "probe_steps", lambda rows, least=None: (3, max(1, rows // 256)))
+    set_attribute(metrics, "probe_steps", lambda rows: (3, max(1, rows // 256)))
     if not figures:
-        set_attribute(reproduce, "draw_figures", lambda *of: {})
+        def picture(path, *of, **more):
+            path.write_bytes(b"no picture")
+
+        for name in ("draw_layers", "draw_hierarchy", "draw_consistency", "draw_emergence"):
+            set_attribute(report, name, picture)
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def work(tmp_path, monkeypatch):
+    """An empty folder to run in, with short probes and no figures, and without ImageNet."""
     make_quick(monkeypatch.setattr)
+    monkeypatch.setattr("kit.images.WORKERS", 0)
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
 
 
 def small_run(data, hub, *more) -> list[str]:
     """Arguments for reproduce.py; of an option given twice, the later holds."""
-    return ["--data", str(data), "--hub", str(hub), "--backbone", "small_vit", "--out", "out", "--top-k", "4", "--epochs", "3",
-            "--device", "cpu", *map(str, more)]
+    run = ["--data", data, "--hub", hub, "--backbone", "small_vit", "--out", "out", "--top-k", 4,
+           "--epochs", 3, "--device", "cpu", *more]
+    return list(map(str, run))
 
 
-def copied(state: dict) -> dict:
-    """A training's state as it is now."""
-    return {name: tensor.clone() for name, tensor in state.items()}
+def refused(capsys, arguments, *words):
+    """The run ends with exit code 2 and one sentence, which holds the words."""
+    import reproduce
+
+    capsys.readouterr()
+    try:
+        code = reproduce.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse's
+        code = stop.code
+    said = capsys.readouterr().err
+    sentences = [line for line in said.splitlines() if "error: " in line]
+    assert code == 2 and len(sentences) == 1 and "Traceback" not in said, said
+    for word in words:
+        assert word in sentences[0]
+
+
+def results(out="out"):
+    """What runs alike must have alike: the tables of results.json, SAEs and tokens by name."""
+    record = json.loads(Path(out, "results/results.json").read_text())
+    for name in ("seconds", "settings", "saes"):
+        del record[name]
+    files = [*Path(out).glob("saes/*/*/model.safetensors"), *Path(out).glob("tokens/*/*.npy")]
+    return record, {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def same_sae(a, b) -> bool:
     """To the bit."""
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-def results(out="out", aside=()):
-    """results.json without seconds and the settings `aside`, and SAEs and tokens by name: what runs alike must have alike."""
-    record = json.loads(Path(out, "results/results.json").read_text())
-    for where, keys in [(record, ["seconds"]), (record["settings"], aside)]:
-        for key in keys:
-            del where[key]
-    files = [*Path(out).glob("saes/*/*/model.safetensors"), *Path(out).glob("tokens/*/*.npy")]
-    return record, {str(path.relative_to(out)): path.read_bytes() for path in files}
+    states = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in states)
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:

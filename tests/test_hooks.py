@@ -1,5 +1,4 @@
-"""Hooks against DINOv2's own get_intermediate_layers, timm and a forward pass by hand; recording against both."""
-import os
+"""Hooks against DINOv2's own get_intermediate_layers, timm and a forward pass by hand."""
 import sys
 import warnings
 
@@ -8,21 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_hooks import (
-    HUB, BackboneError, SmallViT, blocks_of, checksum, class_tokens, eval_transform, load_backbone, record_class_tokens,
-    relevancy_maps,
-)
+from dinov2_hooks import (HUB, BackboneError, TokenFiles, blocks_of, class_tokens, eval_transform,
+                          load_backbone, relevancy_maps)
+from kit.demo import SmallViT
 
 
 @pytest.fixture
 def vit():
     torch.manual_seed(0)
     return SmallViT(classes=5, size=16, patch=4, width=24, depth=3, heads=2).eval()
-
-
-def batches(images, batch_size=4):
-    ids = torch.arange(len(images))
-    return [(images[rows], rows % 3, rows) for rows in ids.split(batch_size)]
 
 
 def test_tokens_equal_a_forward_pass_by_hand(vit):
@@ -46,7 +39,7 @@ def test_hooks_are_removed_when_the_forward_pass_fails(vit):
 
 
 def test_layer_out_of_range(vit):
-    with pytest.raises(BackboneError, match="layer 3 is out of range, the backbone has layers 0 to 2"):
+    with pytest.raises(BackboneError, match="there is no layer 3: the backbone has 0 to 2"):
         class_tokens(vit, torch.randn(1, 3, 16, 16), [0, 3])
 
 
@@ -74,7 +67,7 @@ def test_dinov2_tokens_equal_its_intermediate_layers_to_the_bit(dinov2, shape, t
         theirs = model.get_intermediate_layers(images, n=depth, return_class_token=True, norm=False)
         theirs = torch.stack([token for _, token in theirs])
         assert torch.equal(class_tokens(model, images, range(depth)), theirs)
-    record_class_tokens(model, batches(images), range(depth), tmp_path)
+    TokenFiles(tmp_path, range(depth), 2, theirs.shape[-1]).record(model, images, 0)
     for layer in range(depth):
         recorded = np.load(tmp_path / f"layer_{layer:02d}.npy")
         assert torch.equal(torch.from_numpy(recorded), theirs[layer].half())
@@ -90,58 +83,23 @@ def test_timm_tokens_equal_its_intermediates_to_the_bit():
         assert torch.equal(class_tokens(model, images, range(12)), theirs)
 
 
-def test_recording(vit, tmp_path):
+def test_token_files(vit, tmp_path):
     images = torch.randn(10, 3, 16, 16)
-    checksums = record_class_tokens(vit, batches(images), [0, 2], tmp_path)
-    assert checksums == {path.name: checksum(path) for path in tmp_path.iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} == {"layer_00.npy", "layer_02.npy", "labels.npy", "ids.npy"}
-    for place, layer in enumerate([0, 2]):
+    files = TokenFiles(tmp_path, [0, 2], 10, 24)
+    assert files.made
+    for start in (4, 0, 8):  # at their places, in any order
+        files.record(vit, images[start : start + 4], start)
+    files.sync()
+    assert {path.name for path in tmp_path.iterdir()} == {"layer_00.npy", "layer_02.npy"}
+    for layer in (0, 2):
         tokens = np.load(tmp_path / f"layer_{layer:02d}.npy", mmap_mode="r")
-        assert isinstance(tokens, np.memmap) and tokens.dtype == np.float16 and tokens.shape == (10, 24)
+        assert tokens.dtype == np.float16 and tokens.shape == (10, 24)
         with torch.inference_mode():
-            expected = torch.cat([class_tokens(vit, x, [layer])[0] for x, _, _ in batches(images)])
+            expected = torch.cat([class_tokens(vit, x, [layer])[0] for x in images.split(4)])
         assert (tokens == expected.half().numpy()).all()
-    assert np.load(tmp_path / "labels.npy").tolist() == [i % 3 for i in range(10)]
-    assert np.load(tmp_path / "ids.npy").tolist() == list(range(10))
-
-
-@pytest.mark.parametrize("stop_at, committed", [(1, 1), (2, 1), (2, 2), (3, 0)])
-def test_recording_goes_on_from_the_last_commit(vit, tmp_path, stop_at, committed):
-    images = torch.randn(10, 3, 16, 16)
-    expected = record_class_tokens(vit, batches(images), [0, 2], tmp_path / "at once")
-    states = [None]
-
-    def killed():
-        for i, batch in enumerate(batches(images)):
-            if i == stop_at:  # what was written after the last commit is there, in part, and must not matter
-                raise InterruptedError
-            yield batch
-
-    if stop_at < 3:
-        with pytest.raises(InterruptedError):
-            commit = lambda sync: states.append(sync()) if len(states) <= committed else None
-            record_class_tokens(vit, killed(), [0, 2], tmp_path / "killed", commit=commit)
-        (tmp_path / "killed/layer_00.npy.part").open("ab").write(b"half a row")
-        assert not list((tmp_path / "killed").glob("*.npy"))
-    else:  # killed while the files were given their names: the last one has not got it
-        record_class_tokens(vit, batches(images), [0, 2], tmp_path / "killed", commit=lambda sync: states.append(sync()))
-        (tmp_path / "killed/ids.npy").rename(tmp_path / "killed/ids.npy.part")
-    seen = states[-1]["ids.npy"][0] if states[-1] else 0
-    assert seen == min(4 * (committed or 3), 10)
-    rest = [batch for batch in batches(images) if batch[2][0] >= seen]
-    assert record_class_tokens(vit, rest, [0, 2], tmp_path / "killed", resume=states[-1]) == expected
-    for name in expected:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
-    assert len(list((tmp_path / "killed").iterdir())) == len(expected)
-
-
-def test_a_part_that_was_cut_short_is_refused(vit, tmp_path):
-    states = []
-    record_class_tokens(vit, batches(torch.randn(8, 3, 16, 16)), [0], tmp_path, commit=lambda sync: states.append(sync()))
-    (tmp_path / "labels.npy").rename(tmp_path / "labels.npy.part")
-    os.truncate(tmp_path / "labels.npy.part", 150)
-    with pytest.raises(BackboneError, match=r"labels\.npy\.part is shorter than was recorded: delete it"):
-        record_class_tokens(vit, [], [0], tmp_path, resume=states[-1])
+    assert not TokenFiles(tmp_path, [0, 2], 10, 24).made  # they are kept as they are
+    assert (np.load(tmp_path / "layer_02.npy") == expected.half().numpy()).all()
+    assert TokenFiles(tmp_path, [0, 1], 10, 24).made and TokenFiles(tmp_path, [0], 11, 24).made
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
@@ -149,15 +107,15 @@ def test_tokens_that_are_not_finite_name_layer_and_image(vit, tmp_path, value):
     class Spoil(nn.Module):
         def forward(self, x):
             x = x.clone()
-            x[2, 0, 5] = value  # in the second batch that is image 6
-            return x if self.calls else setattr(self, "calls", 1) or x.nan_to_num(0, 0, 0).clamp(-9, 9)
-
-        calls = 0
+            x[2, 0, 5] = value
+            return x
 
     vit.blocks[1] = nn.Sequential(vit.blocks[1], Spoil())
-    with pytest.raises(BackboneError, match=r"layer 1, image pictures/6\.png: the class token is not finite in fp16"):
-        record_class_tokens(vit, batches(torch.randn(8, 3, 16, 16)), [0, 1], tmp_path, [f"pictures/{i}.png" for i in range(8)])
-    assert not list(tmp_path.glob("*.npy"))  # nothing that could be taken for whole
+    files = TokenFiles(tmp_path, [0, 1], 8, 24)
+    names = [f"pictures/{i}.png" for i in range(4, 8)]
+    with pytest.raises(BackboneError, match=r"layer 1, image pictures/6\.png: the class token is not"):
+        files.record(vit, torch.randn(4, 3, 16, 16), 4, names)
+    assert (np.load(tmp_path / "layer_00.npy") == 0).all()  # nothing of that batch is written
 
 
 def test_eval_transform_is_dinov2s(dinov2):
@@ -177,7 +135,7 @@ def test_load_backbone_from_a_local_folder(hub):
     model = load_backbone("small_vit", str(hub))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     for name, message in [
-        ("dinov2_vitx14", r"no such model; it has chunked_vit, exits, fails, needs_package, no_vit, raises, small_vit, spoilt"),
+        ("dinov2_vitx14", "Cannot find callable dinov2_vitx14"),
         ("no_vit", "is no vision transformer"),
         ("needs_package", "pip install a_package_that_is_missing"),
     ]:
@@ -186,10 +144,9 @@ def test_load_backbone_from_a_local_folder(hub):
 
 
 def test_hub_that_is_none(tmp_path):
-    with pytest.raises(BackboneError, match="has no hubconf.py"):
-        load_backbone("small_vit", str(tmp_path))
-    with pytest.raises(BackboneError, match="no such folder, and not of the form owner/name"):
-        load_backbone("small_vit", str(tmp_path / "nowhere"))
+    for hub in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BackboneError, match="is no folder with a hubconf.py, and no owner/name"):
+            load_backbone("small_vit", str(hub))
 
 
 def test_hub_out_of_reach(monkeypatch, tmp_path):
@@ -197,7 +154,7 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
     for scheme in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(BackboneError, match="could not be fetched .* pass a local copy of the repository as --hub"):
+    with pytest.raises(BackboneError, match="could not be fetched .* give a local copy"):
         load_backbone("dinov2_vits14", HUB)
 
 
@@ -241,7 +198,7 @@ def test_explicit_attention_on_attention_returned_beside_the_output(vit):
     class Beside(nn.Module):  # as DINO v1's blocks have it
         def __init__(self, attn):
             super().__init__()
-            self.qkv, self.proj, self.num_heads = attn.qkv, attn.proj, attn.num_heads
+            self.qkv, self.proj, self.num_heads = attn.qkv, attn.proj, attn.heads
 
         def forward(self, x):
             q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -257,8 +214,13 @@ def test_explicit_attention_on_attention_returned_beside_the_output(vit):
 
 
 def test_attention_of_another_kind_is_refused(vit):
-    vit.blocks[1].attn.register_forward_hook(lambda attn, inputs, output: output * 1.1)
-    with pytest.raises(BackboneError, match="no plain softmax attention"):
+    vit.blocks[1].attn = nn.Identity()
+    with pytest.raises(BackboneError, match="there are 2 softmax attentions in 3 blocks"):
+        relevancy_maps(vit, torch.randn(1, 3, 16, 16), 2, lambda x: x[:, 0])
+    mask = torch.nn.functional.scaled_dot_product_attention
+    vit.blocks[1].attn = nn.Module()
+    vit.blocks[1].attn.forward = lambda x: mask(x, x, x, is_causal=True)
+    with pytest.raises(BackboneError, match="has a mask"):
         relevancy_maps(vit, torch.randn(1, 3, 16, 16), 2, lambda x: x[:, 0])
 
 
@@ -308,6 +270,7 @@ def test_relevancy_in_a_batch_is_relevancy_one_by_one(vit):
 def test_gpu_tokens_are_the_cpus_up_to_autocast(vit, tmp_path):
     images = torch.randn(10, 3, 16, 16)
     for device in ("cpu", "cuda"):
-        record_class_tokens(vit.to(device), batches(images), [2], tmp_path / device)
-    cpu, gpu = (np.load(tmp_path / device / "layer_02.npy").astype(np.float32) for device in ("cpu", "cuda"))
+        TokenFiles(tmp_path / device, [2], 10, 24).record(vit.to(device), images, 0)
+    cpu, gpu = (np.load(tmp_path / device / "layer_02.npy").astype(np.float32)
+                for device in ("cpu", "cuda"))
     assert np.linalg.norm(gpu - cpu) < 0.02 * np.linalg.norm(cpu)

@@ -6,25 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (
-    Profile, agreement_trend, linear_probe, neurons, profile_latents, reconstruction, rising_trend, score_hierarchy,
-)
+from metrics import (Profile, agreement_trend, best_latents, consistency, hypernym_rows,
+                     linear_probe, neurons, profile_latents, rising_trend, score_hierarchy)
 from taxonomy import Synset, Taxonomy, imagenet1k
+
+
+def reconstruction(encode, decode, x, batch_size):
+    labels = np.zeros(len(x), int)
+    return profile_latents(encode, x.split(batch_size), [labels], 1, decode=decode)[0].reconstruction
 
 
 def test_reconstruction_against_numpy_on_all_tokens_at_once():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(500, 6)) * 2 + 30  # a large constant part, as in early layers
+    x = torch.from_numpy(rng.normal(size=(500, 6)) * 2 + 30).float()  # a large constant part
     weights = torch.from_numpy(rng.normal(size=(6, 9))).float()
-
-    def sae(tokens):
-        z = torch.relu((tokens - 30) @ weights - 3)
-        return 30 + 0.05 * z @ weights.T, z
-
-    x = torch.from_numpy(x).float()
-    result = reconstruction(sae, x.split(64))
-    x_hat, z = (part.double().numpy() for part in sae(x))
-    x = x.double().numpy()
+    encode, decode = lambda x: torch.relu((x - 30) @ weights - 3), lambda z: 30 + 0.05 * z @ weights.T
+    result = reconstruction(encode, decode, x, 64)
+    z, x_hat, x = encode(x).numpy(), decode(encode(x)).double().numpy(), x.double().numpy()
     error = ((x - x_hat) ** 2).sum()
     assert result.nmse == pytest.approx(error / (x**2).sum(), rel=1e-6)
     assert result.fvu == pytest.approx(error / ((x - x.mean(0)) ** 2).sum(), rel=1e-6)
@@ -34,23 +32,23 @@ def test_reconstruction_against_numpy_on_all_tokens_at_once():
 
 def test_reconstruction_closed_forms():
     x = torch.randn(1000, 5) + 3
-    mean = x.mean(0)
-    perfect = reconstruction(lambda x: (x, torch.ones(len(x), 2)), x.split(100))
-    assert perfect == (0, 0, 2, 0)
-    constant = reconstruction(lambda x: (mean.expand_as(x), torch.zeros(len(x), 2)), x.split(100))
-    assert constant.fvu == pytest.approx(1, abs=1e-6) and constant.nmse < 0.2 and constant.dead == 1 and constant.l0 == 0
-    nothing = reconstruction(lambda x: (0 * x, torch.zeros(len(x), 2)), x.split(100))
-    assert nothing.nmse == pytest.approx(1)
+    perfect = reconstruction(lambda x: x.abs(), lambda z: z, x.abs(), 100)
+    assert perfect == (0, 0, 5, 0)
+    mean = reconstruction(lambda x: 0 * x, lambda z: z + x.mean(0), x, 100)
+    assert mean.fvu == pytest.approx(1, abs=1e-6) and mean.nmse < 0.2
+    assert mean.dead == 1 and mean.l0 == 0
+    assert reconstruction(lambda x: 0 * x, lambda z: z, x, 100).nmse == pytest.approx(1)
 
 
 def test_profile_against_brute_force():
     rng = np.random.default_rng(0)
     images, latents, classes, k = 230, 17, 7, 6
-    z = np.maximum(rng.normal(size=(images, latents)) - rng.normal(size=latents), 0).astype(np.float32)
-    labels, shuffled = rng.integers(0, classes, images), rng.integers(0, classes, images)
-    tokens = torch.from_numpy(z)
+    z = rng.normal(size=(images, latents)) - rng.normal(size=latents)
+    z = np.maximum(z, 0).astype(np.float32)
+    labels, shuffled = rng.integers(0, classes, (2, images))
     for batch_size in (1, 4, 50, 1000):
-        profiles = profile_latents(lambda x: x, tokens.split(batch_size), [labels, shuffled], classes, k)
+        batches = torch.from_numpy(z).split(batch_size)
+        profiles = profile_latents(lambda x: x, batches, [labels, shuffled], classes, k)
         for profile, of_images in zip(profiles, (labels, shuffled)):
             for latent in range(latents):
                 assert profile.fires[latent] == sum(z[:, latent] > 0)
@@ -64,7 +62,8 @@ def test_profile_against_brute_force():
 
 
 def test_neurons_are_centred_coordinates_and_their_negatives():
-    assert neurons(torch.tensor([1.0, 2.0]))(torch.tensor([[3.0, -1.0]])).tolist() == [[2, 0, 0, 3]]
+    encode = neurons(torch.tensor([1.0, 2.0]))
+    assert encode(torch.tensor([[3.0, -1.0]])).tolist() == [[2, 0, 0, 3]]
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def hand_made(tree, top, rate):
     for name, value in rate.items():
         rates[0, index[name]] = value
     classes = np.array([[index[name] for name in top]])
-    return Profile(np.zeros_like(classes), classes, np.array([99]), rates)
+    return Profile(np.zeros_like(classes), classes, np.array([99]), rates, None)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_pairwise_height_against_loops():
     tree = Taxonomy.from_wnids(imagenet1k()[::25])
     rng = np.random.default_rng(0)
     top = rng.integers(0, 40, (30, 8))
-    profile = Profile(top, top, np.full(30, 8), np.zeros((30, 40), np.float32))
+    profile = Profile(top, top, np.full(30, 8), np.zeros((30, 40), np.float32), None)
     scores = score_hierarchy(profile, tree)
     for classes, pairwise, lch in zip(top, scores.height_pairwise, scores.lch):
         heights = []
@@ -165,16 +164,60 @@ def test_pairwise_height_against_loops():
 def test_probe_on_separable_and_on_random_labels():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(10, 32))
-    labels = {"train": rng.integers(0, 10, 2000), "val": rng.integers(0, 10, 1000)}
-    # separable only once standardised: one loud coordinate without information, one constant
-    tokens = {
-        split: np.hstack([centres[y] + 0.2 * rng.normal(size=(len(y), 32)), 1e3 * rng.normal(size=(len(y), 1)), np.ones((len(y), 1))])
-        for split, y in labels.items()
+    labels = [rng.integers(0, 10, count) for count in (2000, 1000)]
+    tokens = [  # separable only once standardised: a loud coordinate that tells nothing, a constant
+        np.hstack([centres[y] + 0.2 * rng.normal(size=(len(y), 32)),
+                   1e3 * rng.normal(size=(len(y), 1)), np.ones((len(y), 1))])
+        for y in labels
+    ]
+    (train, val), (train_labels, val_labels) = (
+        [torch.from_numpy(x) for x in pair] for pair in ([x.astype(np.float16) for x in tokens], labels))
+    assert linear_probe(train, train_labels, val, val_labels) > 0.99
+    mean, variance = train.double().mean(0), train.double().var(0, correction=0)
+    accuracy = linear_probe(train, train_labels, val, val_labels, mean, variance)
+    assert accuracy == linear_probe(train, train_labels, val, val_labels)
+    random = torch.from_numpy(rng.permutation(labels[0]))
+    assert 0.04 < linear_probe(train, random, val, val_labels) < 0.18
+
+
+@pytest.fixture
+def three_layers():
+    """A taxonomy, and best latents by layer: toy dog is matched from 4 on, domestic in 2 and 6."""
+    tree = Taxonomy.from_wnids(["n02085620", "n02085782", "n02123045", "n02690373", "n02701002",
+                                "n01440764"])
+    dog, domestic = (tree.wnids[tree.names.index(name)]
+                     for name in ("toy_dog.n.01", "domestic_animal.n.01"))
+    matches = {2: {domestic: 0.6}, 4: {dog: 0.7, domestic: 0.5}, 6: {dog: 0.9, domestic: 0.8}}
+    return tree, {
+        layer: {wnid: {"match": match, "latent": 10 * layer, "lch": "toy_dog.n.01"}
+                for wnid, match in found.items()}
+        for layer, found in matches.items()
     }
-    tokens = {split: x.astype(np.float16) for split, x in tokens.items()}
-    assert linear_probe(tokens["train"], labels["train"], tokens["val"], labels["val"]) > 0.99
-    guess = linear_probe(tokens["train"], rng.permutation(labels["train"]), tokens["val"], labels["val"])
-    assert 0.04 < guess < 0.18
+
+
+def test_emergence(three_layers):
+    rows = {row["name"]: row for row in hypernym_rows(three_layers[1], three_layers[0])}
+    dog, domestic = rows["toy_dog.n.01"], rows["domestic_animal.n.01"]
+    assert [dog[key] for key in ("emergence_layer", "best_layer", "best_latent", "match", "classes")
+            ] == [4, 6, 60, 0.9, 2]
+    assert (domestic["emergence_layer"], domestic["match"], domestic["lch"]) == (2, 0.8, "toy_dog.n.01")
+    never = [row for row in rows.values() if row["emergence_layer"] is None]
+    assert len(never) == len(rows) - 2
+    assert all(row["match"] == 0 and row["best_layer"] is None for row in never)
+    assert all(2 <= row["classes"] <= 3 for row in rows.values())  # at most half of six
+
+
+def test_consistency_is_the_jaccard_of_what_is_matched(three_layers):
+    agreement = consistency(list(three_layers[1].values()))
+    assert agreement.tolist() == [[1, 0, 0.5], [0, 1, 0.5], [0.5, 0.5, 1]]  # not at exactly 0.5
+    assert np.isnan(consistency([{}, {}])).all()
+
+
+def test_best_latents(small_tree):
+    profile = hand_made(small_tree, ["d1", "d2", "d1", "d1"], {"d1": 1, "d2": 0.6})
+    best = best_latents(score_hierarchy(profile, small_tree), profile, small_tree)
+    assert best["dog"] == {"match": 1.0, "latent": 0, "lch": "dog", "top_images": [0, 0, 0, 0]}
+    assert best["animal"]["match"] == 0.5 and "cat" not in best
 
 
 def test_trend_closed_forms():

@@ -75,7 +75,7 @@ def check_against_brute_force(graph, classes, rng, sets):
     assert {tree.leaves[v].tobytes() for v in tree.hypernyms} == inner and len(tree.hypernyms) == len(inner)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_dag_against_brute_force(seed):
     check_against_brute_force(*random_dag(seed), random.Random(seed), sets=60)
 

@@ -1,0 +1,153 @@
+"""The four figures of a run, each drawn from its tables to a PNG file."""
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+matplotlib.use("Agg")
+plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
+                     "figure.constrained_layout.use": True})
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each
+STYLES = {
+    ("sae", "true"): dict(color="#0072B2", marker="o", label="SAE"),
+    ("sae", "shuffled"): dict(color="#D55E00", marker="x", label="SAE, shuffled labels",
+                              linestyle="--"),
+    ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons"),
+    ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE"),
+}
+BLUE, ORANGE = "#0072B2", "#D55E00"
+
+
+def display_name(synset: str) -> str:
+    """dog.n.01 -> dog"""
+    return synset.rsplit(".", 2)[0].replace("_", " ")
+
+
+def _panel(axis, title, ylabel, **more):
+    axis.set(title=title, xlabel="layer", ylabel=ylabel, **more)
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+
+
+def _finish(figure, path: Path):
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_layers(path: Path, layers: list[dict]) -> None:
+    """Probe accuracy, reconstruction error and active latents by layer, and the three together."""
+    depth, accuracy, nmse, l0 = ([row[name] for row in layers]
+                                 for name in ("layer", "probe_top1", "nmse", "l0"))
+    figure, ((probe, error), (active, both)) = plt.subplots(2, 2, figsize=(8, 6.4))
+    probe.plot(depth, accuracy, color=BLUE, marker="o")
+    _panel(probe, "Linear probe", "top-1 accuracy", ylim=(0, 1))
+    error.plot(depth, nmse, color=ORANGE, marker="s", label="NMSE")
+    error.plot(depth, [row["fvu"] for row in layers], color=BLUE, marker="o", label="FVU")
+    _panel(error, "SAE reconstruction error", "share left", yscale="log")
+    error.legend()
+    active.plot(depth, l0, color=BLUE, marker="o")
+    _panel(active, "Active latents", "L0, mean per image", ylim=(0, None))
+    area = 20 + 180 * np.array(l0) / max(max(l0), 1e-9)
+    points = both.scatter(accuracy, nmse, c=depth, cmap="viridis", s=area)
+    both.set(title="The two together (area: L0)", xlabel="probe accuracy", ylabel="NMSE",
+             yscale="log")
+    figure.colorbar(points, ax=both, label="layer")
+    _finish(figure, path)
+
+
+def draw_hierarchy(path: Path, hierarchy: list[dict], possible: int) -> None:
+    """The hierarchy's scores by layer, of the SAE and its baselines."""
+    figure, axes = plt.subplots(2, 2, figsize=(8, 6.8))
+    for axis, column, title, ylabel in [
+        (axes[0, 0], "lch_height_pairwise", "LCH height, pairwise", "edges above the classes"),
+        (axes[0, 1], "match", "Hypernym match", "mean best Jaccard"),
+        (axes[1, 0], "hypernyms_lch", "Hypernyms that are an LCH", f"of {possible}"),
+        (axes[1, 1], "hypernyms_matched", "Hypernyms matched", f"of {possible}, Jaccard > 0.5"),
+    ]:
+        for key, style in STYLES.items():
+            rows = [row for row in hierarchy if (row["dictionary"], row["labels"]) == key]
+            axis.plot([row["layer"] for row in rows], [row[column] for row in rows], **style)
+        _panel(axis, title, ylabel, ylim=(0, None))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _finish(figure, path)
+
+
+def draw_consistency(path: Path, agreement: np.ndarray, depth: list[int]) -> None:
+    """Heat map of the Jaccard (L, L) of what every two layers match; grey where undefined."""
+    figure, axis = plt.subplots(figsize=(6, 5))
+    axis.grid(False)
+    axis.set_facecolor("0.85")
+    image = axis.imshow(agreement, vmin=0, vmax=1, cmap="viridis", origin="lower")
+    places = range(0, len(depth), -(-len(depth) // 12))
+    names = [depth[i] for i in places]
+    axis.set(xticks=places, xticklabels=names, yticks=places, yticklabels=names,
+             xlabel="layer", ylabel="layer", title="Hypernyms that two layers share")
+    figure.colorbar(image, ax=axis, label="Jaccard of the hypernyms matched")
+    _finish(figure, path)
+
+
+def nested_boxes(nodes: list[int], leaves: np.ndarray) -> dict[int, tuple[int, int, int]]:
+    """node -> (level, top, bottom) of its box, as tall as it has classes, inside its hypernym's.
+
+    nodes come with the largest first; leaves is (V, C). Of several hypernyms the largest counts; a
+    class is drawn once.
+    """
+    children, level, boxes = {}, {}, {}
+    placed = np.zeros(leaves.shape[1], bool)
+
+    def holds(u, v):
+        return u != v and not (leaves[v] & ~leaves[u]).any()
+
+    for i, v in enumerate(nodes):
+        above = [u for u in nodes[:i] if holds(u, v)]
+        parent = next((u for u in above if not any(holds(u, w) for w in above)), None)
+        level[v] = 0 if parent is None else level[parent] + 1
+        children.setdefault(parent, []).append(v)
+
+    def place(v, top):
+        bottom = top
+        for child in children.get(v, []):
+            bottom = place(child, bottom)
+        bottom += (leaves[v] & ~placed).sum()
+        placed[leaves[v]] = True
+        boxes[v] = (level[v], top, bottom)
+        return bottom
+
+    end = 0
+    for v in children.get(None, []):
+        end = place(v, end)
+    return boxes
+
+
+def draw_emergence(path: Path, rows: list[dict], depth: list[int], tree) -> None:
+    """The taxonomy from large hypernyms to small ones, coloured by the layer of emergence."""
+    sizes, least = tree.leaves.sum(1), max(2, len(tree.classes) // 200)
+    layers = {row["wnid"]: row["emergence_layer"] for row in rows}
+    nodes = [v for v in tree.hypernyms if sizes[v] >= least and tree.wnids[v] in layers]
+    nodes.sort(key=lambda v: (-sizes[v], -tree.height[v], v))
+    boxes = nested_boxes(nodes, tree.leaves)
+    end = max((bottom for _, _, bottom in boxes.values()), default=1)
+    levels = 1 + max((level for level, _, _ in boxes.values()), default=3)
+    inches, span = max(4.0, end * 0.11 / least), max(depth[-1] - depth[0], 1)
+    colours = matplotlib.colormaps["viridis"]
+    figure, axis = plt.subplots(figsize=(1.15 * levels, inches + 1))
+    axis.grid(False)
+    for v, (level, top, bottom) in boxes.items():
+        if top == bottom:  # all its classes are drawn elsewhere
+            continue
+        layer = layers[tree.wnids[v]]
+        shade = None if layer is None else (layer - depth[0]) / span
+        axis.add_patch(plt.Rectangle(
+            (level, top), 1, bottom - top, edgecolor="0.4", linewidth=0.6,
+            facecolor="0.93" if shade is None else colours(shade)))
+        if (bottom - top) * inches / end > 0.1:  # room for a line of text
+            name = display_name(tree.names[v])
+            axis.text(level + 0.04, (top + bottom) / 2, fontsize=7, va="center",
+                      s=name if len(name) < 19 else name[:17] + "…",
+                      color="white" if shade is not None and shade < 0.6 else "black")
+    axis.set(xlim=(0, levels), ylim=(end, 0), yticks=[], xticks=[])
+    norm = matplotlib.colors.Normalize(depth[0], depth[0] + span)
+    figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axis, location="top",
+                    label="emergence layer", aspect=60, pad=0.01,
+                    ticks=matplotlib.ticker.MaxNLocator(integer=True))
+    _finish(figure, path)

@@ -1,0 +1,77 @@
+"""What a run writes, computes and takes: sizes from the settings, time from a short trial."""
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinov2_hooks import class_tokens
+from kit.images import BATCH, WORKERS
+from kit.process import WORLD, size
+from sae import ActivationBuffer, Training, train_sae
+
+RESULT_BYTES = 15_000_000  # of tables and figures, at most
+
+
+class Part(NamedTuple):
+    name: str
+    written: int  # bytes
+    flop: float
+    seconds: float | None = None  # None where it was not tried
+
+
+def plan(model, transform, train: int, val: int, layers, training: Training) -> list[Part]:
+    """What class tokens and SAEs take, for so many images, from the sizes alone."""
+    n, L = model.cls_token.shape[-1], len(layers)
+    image = torch.zeros(1, 3, *transform.transforms[1].size, device=model.cls_token.device)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        class_tokens(model, image, layers)
+    rows, image_flop = train + val, counter.get_total_flops()
+    weights, steps = 2 * training.expansion * n * n, train // training.batch_size * training.epochs
+    return [Part("class tokens", L * 2 * n * rows, rows * image_flop),
+            Part("SAEs", L * 4 * weights, L * steps * 5 * training.batch_size * weights)]
+
+
+def with_seconds(parts: list[Part], model, decoded, train: int, val: int, training: Training):
+    """The parts with the time they take here; decoded[i][0] is an image (3, H, W)."""
+    start = time.perf_counter()
+    images = torch.stack([decoded[i][0] for i in range(min(16, train))])
+    decode = (time.perf_counter() - start) / len(images)
+    n, device = model.cls_token.shape[-1], model.cls_token.device.type
+    images = images.repeat(-(-BATCH // len(images)), 1, 1, 1)[:BATCH].to(device)
+    with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
+        class_tokens(model, images, [0])  # the first time is not typical
+        start = time.perf_counter()
+        class_tokens(model, images, [0]).cpu()
+        forward = (time.perf_counter() - start) / BATCH
+    # on a CPU decoding and the backbone share the cores
+    an_image = (max(forward, decode / max(WORKERS, 1)) if device == "cuda"
+                else forward + decode / torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/x.npy", np.random.randn(10 * training.batch_size, n).astype(np.float16))
+        start = time.perf_counter()
+        train_sae(ActivationBuffer(f"{folder}/x.npy", device), replace(training, epochs=1))
+        step = (time.perf_counter() - start) / 10
+    steps = parts[1].flop / (10 * training.batch_size * training.expansion * n * n)
+    found = (train + val) * an_image / WORLD, steps * step / WORLD
+    return [part._replace(seconds=seconds) for part, seconds in zip(parts, found)]
+
+
+def still_to_write(parts: list[Part], out: Path, saes: Path, layers) -> int:
+    """Bytes of class tokens, SAEs and results that are not there yet."""
+    tokens = sum(not (out / f"tokens/val/layer_{layer:02d}.json").is_file() for layer in layers)
+    folders = sum(not (saes / f"layer_{layer:02d}").is_dir() for layer in layers)
+    share = tokens / len(layers), folders / len(layers)
+    return RESULT_BYTES + int(share[0] * parts[0].written + share[1] * parts[1].written)
+
+
+def table(parts: list[Part]) -> str:
+    lines = [f"      {'':14}{'on disk':>10}{'FLOP':>10}" + f"{'time':>12}" * bool(parts[0].seconds)]
+    for part in parts:
+        hours = "" if part.seconds is None else f"{part.seconds / 3600:10.3g} h"
+        lines.append(f"      {part.name:14}{size(part.written):>10}{part.flop:>10.2g}{hours}")
+    return "\n".join(lines)

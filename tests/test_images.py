@@ -1,0 +1,298 @@
+"""Every layout of images, every kind of image, and what is none of them: one sentence each."""
+import io
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import WNIDS, write_images
+from dinov2_hooks import eval_transform
+from kit.images import Decoded, find_images, fingerprint, read_image
+from kit.store import InputError
+
+
+def names_by_class(split, classes):
+    return {wnid: sorted(n for n, label in zip(split.names, split.labels) if label == c)
+            for c, wnid in enumerate(classes)}
+
+
+def check_layout(root, train_count=12, val_count=5):
+    train, val, classes = find_images(str(root))
+    assert classes == WNIDS
+    for split, count in [(train, train_count), (val, val_count)]:
+        by_class = names_by_class(split, classes)
+        assert {len(names) for names in by_class.values()} == {count}
+        assert all((split.root / name).is_file() for name in split.names)
+    assert len(set(train.labels[:12])) > 1  # in random order, as the activation buffer counts on
+    assert find_images(str(root))[0].names == train.names
+    return train, val, classes
+
+
+def test_wnid_folders(data):
+    train, val, classes = check_layout(data)
+    for split in (train, val):
+        assert all(n.startswith(classes[label]) for n, label in zip(split.names, split.labels))
+
+
+def test_images_at_any_depth_and_other_files_left_alone(data):
+    for wnid in WNIDS:
+        folder = data / "train" / wnid
+        (folder / "images/more").mkdir(parents=True)
+        for i, path in enumerate(sorted(folder.glob("*.png"))):
+            path.rename(folder / ("images" if i % 2 else "images/more") / path.name)
+        (folder / "boxes.txt").write_text("a list")
+        (folder / ".hidden.png").write_text("no image")
+    (data / "train/.cache").mkdir()
+    (data / "readme.txt").write_text("hello")
+    check_layout(data)
+
+
+def test_links(data, tmp_path):
+    shutil.move(data / "train", tmp_path / "elsewhere")
+    (data / "train").mkdir()
+    for wnid in WNIDS:
+        os.symlink(tmp_path / "elsewhere" / wnid, data / "train" / wnid)
+        os.symlink("..", data / "train" / wnid / "up")  # is not followed
+        (data / "train" / wnid / "folder.png").mkdir()
+    check_layout(data)
+
+
+def flatten_val(data, wnid_folders, to):
+    """Move val images into one flat folder; returns [(new name, wnid)]."""
+    to.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for wnid in WNIDS:
+        for path in sorted((wnid_folders / wnid).iterdir()):
+            name = f"val_{len(listed):04d}.png"
+            listed.append((name, wnid))
+            shutil.move(path, to / name)
+        (wnid_folders / wnid).rmdir()
+    return listed
+
+
+def test_tiny_imagenets_own_layout(data):
+    listed = flatten_val(data, data / "val", data / "val/images")
+    lines = [f"{name}\t{wnid}\t0\t0\t9\t9\n" for name, wnid in listed]
+    (data / "val/val_annotations.txt").write_text("".join(lines))
+    _, val, classes = check_layout(data)
+    assert {(os.path.basename(n), classes[c]) for n, c in zip(val.names, val.labels)} == set(listed)
+
+
+def test_kaggles_layout(data, tmp_path):
+    base = tmp_path / "kaggle/ILSVRC/Data/CLS-LOC"
+    base.mkdir(parents=True)
+    shutil.move(data / "train", base / "train")
+    listed = flatten_val(data, data / "val", base / "val")
+    rows = [f"{os.path.splitext(name)[0]},{wnid} 1 2 3 4 {wnid} 5 6 7 8\n"
+            for name, wnid in reversed(listed)]
+    csv = "ImageId,PredictionString\n" + "".join(rows)
+    (tmp_path / "kaggle/LOC_val_solution.csv").write_text(csv)
+    for root in (tmp_path / "kaggle", base):
+        _, val, classes = check_layout(root)
+        assert {(n, classes[c]) for n, c in zip(val.names, val.labels)} == set(listed)
+
+
+@pytest.mark.parametrize("inside_train", [True, False])
+def test_no_val(data, capsys, inside_train):
+    shutil.rmtree(data / "val")
+    train, val, _ = check_layout(data if inside_train else data / "train", 11, 1)
+    assert "10% of each class is held out" in capsys.readouterr().out
+    assert len(set(train.names)) + len(set(val.names)) == len({*train.names, *val.names}) == 48
+
+
+def test_images_per_class(data):
+    train, val, classes = find_images(str(data), 3)
+    assert {len(names) for names in names_by_class(train, classes).values()} == {3}
+    assert len(val.names) == 20
+
+
+def test_fingerprint_is_of_names_sizes_labels_and_order(data):
+    train, val, _ = find_images(str(data))
+    known = fingerprint(train, val)
+    assert known == fingerprint(*find_images(str(data))[:2])
+    assert known != fingerprint(val, train)
+    assert known != fingerprint(train._replace(labels=train.labels[::-1]), val)
+    assert known != fingerprint(train._replace(names=train.names[::-1]), val)
+    with open(train.root / train.names[0], "ab") as file:
+        file.write(b"1")
+    assert known != fingerprint(train, val)
+
+
+def rename_class(data, new, splits=("train", "val")):
+    for split in splits:
+        (data / split / WNIDS[1]).rename(data / split / new)
+
+
+def annotate(data, lines):
+    for wnid in WNIDS:
+        for path in (data / "val" / wnid).iterdir():
+            path.rename(data / "val" / f"{wnid}_{path.name}")
+        (data / "val" / wnid).rmdir()
+    (data / "val/val_annotations.txt").write_bytes(lines)
+
+
+def remove(data, *patterns):
+    for path in [path for pattern in patterns for path in data.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+EVERY_LINE = "".join(f"{w}_{i:02d}.png\t{w}\n" for w in WNIDS for i in range(5)).encode()
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda data: rename_class(data, "N02085620"), "N02085620 is no class"),
+    (lambda data: rename_class(data, "n02085620 "), "n02085620  is no class"),
+    (lambda data: rename_class(data, "n02085620\n"), "is no class"),
+    (lambda data: rename_class(data, "dogs"), "train/dogs is no class: class folders are named by"),
+    (lambda data: rename_class(data, "n02085782", ["val"]), "n02085620 is in train but not in val"),
+    (lambda data: shutil.copytree(data / "val" / WNIDS[0], data / "val/n01440764"),
+     "class n01440764 is in val but not in train"),
+    (lambda data: remove(data, "val/n*"), "is in train but not in val"),
+    (lambda data: remove(data, "train/n*"), "0 class folders"),
+    (lambda data: remove(data, "train", "val"), "0 class folders"),
+    (lambda data: remove(data, "train/n0[2-9]*", "val/n0[2-9]*"), "1 class folders"),
+    (lambda data: remove(data, "train"), "a val folder but no train folder"),
+    (lambda data: remove(data, f"val/{WNIDS[3]}/*"), "holds no images"),
+    (lambda data: (remove(data, "*"), data.rmdir(), data.write_text("a file")), "no such folder"),
+    (lambda data: remove(data, "val", "train/*/0[1-9].png", "train/*/1*.png"), "has one image"),
+    (lambda data: annotate(data, EVERY_LINE + f"{WNIDS[0]}_00.png\t{WNIDS[1]}\n".encode()),
+     "two classes"),
+    (lambda data: annotate(data, EVERY_LINE.partition(b"\n")[2]), "has no label in"),
+    (lambda data: annotate(data, EVERY_LINE.replace(b"n02085620\n", b"n02085782\n")),
+     "is in train but not in val"),
+    (lambda data: annotate(data, b"no tabs here\n"), "val_annotations.txt is no list"),
+    (lambda data: annotate(data, b"\xff\xfe\x00"), "val_annotations.txt is no list"),
+    (lambda data: (annotate(data, b""),
+                   (data / "val/LOC_val_solution.csv").write_text("a,b\n1,2\n")), "csv is no list"),
+])
+def test_bad_folders(data, change, words):
+    change(data)
+    with pytest.raises(InputError, match=words):
+        find_images(str(data))
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda path: os.symlink(path.name, path), "odd.png"),
+    (lambda path: os.symlink("gone", path), "odd.png"),
+    (os.mkfifo, "odd.png is no file"),
+])
+def test_links_to_nowhere_and_pipes_among_the_images(data, make, words):
+    make(data / "train" / WNIDS[0] / "odd.png")
+    with pytest.raises((InputError, OSError), match=words):
+        fingerprint(*find_images(str(data))[:2])
+
+
+def test_a_folder_that_may_not_be_read(data, monkeypatch):
+    walk = os.walk
+
+    def closed(path, onerror):  # root may read everything: so as os.walk tells it
+        if str(path).endswith(WNIDS[2]):
+            onerror(PermissionError(13, "Permission denied", path))
+        return walk(path)
+
+    monkeypatch.setattr(os, "walk", closed)
+    with pytest.raises(PermissionError, match=WNIDS[2]):
+        find_images(str(data))
+
+
+# --------------------------------------------------------------------------------------------------
+# images
+
+
+def image_of(size=(24, 20), seed=1):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_images_of_any_mode(tmp_path):
+    rgb = image_of()
+    sixteen = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    palette, alpha = rgb.quantize(16), rgb.copy()
+    alpha.putalpha(128)
+    real = Image.fromarray(np.random.default_rng(0).random((20, 24), np.float32) * 255)
+    for name, image, options in [
+        ("rgb.png", rgb, {}), ("grey.jpg", rgb.convert("L"), {}), ("cmyk.jpg", rgb.convert("CMYK"), {}),
+        ("palette.png", palette, {"transparency": 3}), ("palette.gif", palette, {}),
+        ("alpha.png", alpha, {}), ("grey_alpha.png", alpha.convert("LA"), {}), ("real.tif", real, {}),
+        ("bits.png", rgb.convert("1"), {}), ("sixteen.png", sixteen, {}),
+    ]:
+        image.save(tmp_path / name, **options)
+        read = read_image(tmp_path / name)
+        assert read.mode == "RGB" and read.size == (24, 20)
+        assert eval_transform()(read).shape == (3, 224, 224)
+    read = np.asarray(read_image(tmp_path / "sixteen.png")).astype(int)[..., 0]
+    assert np.abs(read - np.asarray(rgb.convert("L"))).max() <= 1
+
+
+def test_the_first_of_several_frames(tmp_path):
+    frames = [image_of(seed=seed) for seed in (1, 2, 3)]
+    for name in ("animated.png", "animated.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert (np.asarray(read_image(tmp_path / name)) == np.asarray(frames[0])).all()
+
+
+def png_claiming(width, height):
+    """A PNG of a few bytes that says it has so many pixels."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+def encoded(image, kind):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("bomb.png", png_claiming(60_000, 60_000), "decompression bomb"),
+    ("liar.png", png_claiming(5_000, 5_000), "is no readable image"),
+    ("no_pixels.png", png_claiming(0, 0), "is no readable image"),
+    ("thread.png", encoded(image_of((1, 3000)), "PNG"), "1 x 3000 pixels"),
+    ("empty.png", b"", "is no readable image"),
+    ("zeros.jpg", b"\0" * 5000, "is no readable image"),
+    ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no readable image"),
+    ("archive.png", b"PK\x03\x04" + b"\0" * 100, "is no readable image"),
+    ("half.png", encoded(image_of((200, 200)), "PNG")[:300], "is no readable image"),
+    ("half.webp", encoded(image_of((200, 200)), "WEBP")[:300], "is no readable image"),
+    ("half.tif", encoded(image_of((200, 200)), "TIFF")[:300], "is no readable image"),
+    ("one.png", encoded(image_of((1, 1)), "PNG"), ""),
+    ("thin.png", encoded(image_of((1, 90)), "PNG"), ""),
+    ("jpeg_inside.png", encoded(image_of(), "JPEG"), ""),
+    ("with spaces  .png", encoded(image_of(), "PNG"), ""),
+    ("quotes'\"`$(touch x);.png", encoded(image_of(), "PNG"), ""),
+    ("two\nlines.png", encoded(image_of(), "PNG"), ""),
+    (os.fsdecode(b"not utf-8 \xff.png"), encoded(image_of(), "PNG"), ""),
+])
+def test_images_and_what_is_none(data, name, content, words):
+    (data / "train" / WNIDS[1] / name).write_bytes(content)
+    train = find_images(str(data))[0]
+    fingerprint(train)
+    i = train.names.index(f"{WNIDS[1]}/{name}")
+    image, why, systems = Decoded(train, eval_transform())[i]
+    assert image.shape == (3, 224, 224) and not systems
+    assert (words in why and name in why) if words else why == ""
+
+
+def test_an_image_that_the_system_does_not_give(data):
+    train = find_images(str(data))[0]
+    (train.root / train.names[0]).unlink()
+    _, why, systems = Decoded(train, eval_transform())[0]
+    assert systems and "No such file" in why
+
+
+def test_one_image_under_two_names_is_one_image(data):
+    write_images(data / "train" / WNIDS[0], 1)
+    content = (data / "train" / WNIDS[0] / "00.png").read_bytes()
+    (data / "train" / WNIDS[0] / "Ünïcode 図.PNG").write_bytes(content)
+    train = find_images(str(data))[0]
+    images = Decoded(train, eval_transform())
+    a, b = (train.names.index(f"{WNIDS[0]}/{name}") for name in ("00.png", "Ünïcode 図.PNG"))
+    assert (images[a][0] == images[b][0]).all()

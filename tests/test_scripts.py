@@ -1,0 +1,63 @@
+"""Every script in tests/ runs, on something small: none can rot unseen."""
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sae
+from conftest import ROOT, small_run
+from kit import demo
+from kit.store import checksum, hash_of, write_record
+from reproduce import main
+
+
+def run_script(monkeypatch, capsys, name, *arguments):
+    """As `python tests/NAME ...`, in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "tests" / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr("sae.POOL_BYTES", sae.POOL_BYTES)  # which it changes
+    said = run_script(monkeypatch, capsys, "benchmark.py", "all", "--quick", "--rounds", "1")
+    for words in ("ours, float32", "of the bare forward's rate", "profile", "rows drawn", "float32:"):
+        assert words in said
+
+
+def test_survival():  # in a process of its own, which forks
+    command = [sys.executable, ROOT / "tests/survival.py", "kill", "--kills", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "of 1 runs: results equal to the byte" in done.stdout, done.stdout + done.stderr
+
+
+def match_everything(out):
+    """A random ViT matches nothing: say that it did, so that there are latents to look at."""
+    path = Path(out, "results/results.json")
+    record = json.loads(path.read_text())
+    for row in [row for row in record["hypernyms"] if row["best_layer"] is not None][:3]:
+        row["emergence_layer"] = row["best_layer"]
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("kind", ["demo", "photographs"])
+def test_relevancy(data, hub, work, monkeypatch, capsys, kind):
+    run = small_run(data, hub, "--layers", "last", "--response-rate", "0.01")
+    if kind == "demo":
+        monkeypatch.setattr(demo, "IMAGES", {"train": 3, "val": 2})
+        torch.manual_seed(0)
+        save_file(demo.SmallViT().state_dict(), "vit.safetensors")
+        demo.draw_images(Path("out/images"), {"train": 3, "val": 2})
+        Path("vit.safetensors").rename("out/vit.safetensors")
+        files = {"vit.safetensors": checksum(Path("out/vit.safetensors"))}
+        write_record(Path("out/demo.json"), {"code": hash_of(demo.__file__)}, files=files)
+        run = ["--out", "out", "--layers", "last", "--epochs", "2", "--response-rate", "0.01"]
+    assert main(run) == 0
+    match_everything("out")
+    said = run_script(monkeypatch, capsys, "relevancy.py", "out")
+    assert ("pointing game" if kind == "demo" else "deletion") in said
