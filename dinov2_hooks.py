@@ -94,7 +94,7 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor
     layers, blocks = list(layers), blocks_of(model)
     for layer in layers:
         if not 0 <= layer < len(blocks):
-            raise BackboneError(f"there is no layer {layer}: the backbone has 0 to {len(blocks) - 1}")
+            raise BackboneError(f"no layer {layer}: the backbone has 0 to {len(blocks) - 1}")
     tokens = images.new_empty(len(layers), len(images), model.cls_token.shape[-1])
 
     def keep(place, block, inputs, output):

@@ -1,20 +1,21 @@
 """How much of the ImageNet hierarchy a dictionary of latents holds, and how good its tokens are.
 
-    (profile,) = profile_latents(sae.encode, val.split(2048), [labels], classes=1000, k=16)
-    scores = score_hierarchy(profile, tree)                  # LCH height, coverage, match
+    (profile,) = profile_latents(sae.encode, val.split(2048), [labels], classes=1000)
+    scores = score_hierarchy(profile, tree)                  # LCH height, coverage, match, IoU
     accuracy = linear_probe(train, train_labels, val, labels)
 
 A "dictionary" is any function from tokens (B, n) to non-negative activations (B, m): an SAE's
-encoder, or the raw neurons (`neurons(mean)`) that it is compared with. Formulas: README.md.
+encoder, or units as sparse as it that were not trained (`sparse_units`). Formulas: README.md.
 """
-import itertools
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from taxonomy import Taxonomy
+
+TOP = 32  # top images kept of each latent, at least; scores use the first k of them
 
 
 class Reconstruction(NamedTuple):
@@ -27,19 +28,35 @@ class Reconstruction(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """What m latents respond to, over N images of C classes."""
+    """What m latents respond to, over N images of C classes, which are taken in two halves: every
+    other image of each class."""
 
-    top_images: np.ndarray  # (m, k) int, the k images with the largest z, best first
-    top_classes: np.ndarray  # (m, k) int, their classes
+    top_images: np.ndarray  # (m, TOP) int, the images with the largest z, best first
+    top_classes: np.ndarray  # (m, TOP) int, their classes
     fires: np.ndarray  # (m,) int, number of images on which the latent fires, z > 0
-    rate: np.ndarray  # (m, C) float32, share of each class's images on which it fires
+    counts: np.ndarray  # (m, C, 2) float32, the same by class and half
+    images: np.ndarray  # (C, 2) float32, how many there are
     reconstruction: Reconstruction | None  # where there is a decoder
 
+    @property
+    def rate(self) -> np.ndarray:
+        """(m, C) share of each class's images on which the latent fires."""
+        return self.counts.sum(2) / np.maximum(self.images.sum(1), 1)
 
-def neurons(mean: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The dictionary of raw neurons: a centred token's coordinates and their negatives."""
-    def encode(x):  # (B, n) -> (B, 2n)
-        return torch.cat([x - mean, mean - x], dim=1).relu_()
+
+@torch.inference_mode()
+def sparse_units(directions: torch.Tensor, tokens: torch.Tensor, mean: torch.Tensor, share: float):
+    """A baseline for an SAE that fires on `share` of its training tokens: units of the given
+    directions (m, n), each with the threshold at which it fires on as large a share of `tokens`
+    (N, n). Returns its encoder, (B, n) -> (B, m)."""
+    fires = min(max(round(share * len(tokens)), 0), len(tokens) - 1)
+    thresholds = torch.cat([
+        ((tokens.float() - mean) @ some.T).kthvalue(len(tokens) - fires, dim=0).values
+        for some in directions.split(512)  # bounds the memory
+    ])
+
+    def encode(x):
+        return torch.relu((x - mean) @ directions.T - thresholds)
 
     return encode
 
@@ -51,23 +68,25 @@ def profile_latents(encode, batches: Iterable[torch.Tensor], labelings: list[np.
 
     labelings  one or more of shape (N,), as the true and a shuffled one: each gives a Profile
     decode     latents (B, m) -> tokens (B, n), for the reconstruction's scores
-    Memory is O(m (B + C + k)), whatever N is.
+    Memory is O(m (B + C)), whatever N is.
     """
-    N, fires, top = 0, 0, None
+    N, fires, top, keep = 0, 0, None, max(k, TOP)
     error = squares = total = 0.0
-    counts = [0] * len(labelings)  # (C, m) each
+    cells = [2 * labels + every_other(labels) for labels in labelings]  # a class and a half
+    counts = [0] * len(labelings)  # (2C, m) each
     for x in batches:
         z = encode(x)  # (B, m)
         active = (z > 0).float()
         fires = fires + active.sum(0)
-        for i, labels in enumerate(labelings):  # exact below 2**24 images
-            rows = torch.as_tensor(labels[N : N + len(z)], device=z.device)
-            counts[i] = counts[i] + z.new_zeros(classes, z.shape[1]).index_add_(0, rows, active)
-        values, images = z.topk(min(k, len(z)), dim=0)  # (k, m)
+        for i, cell in enumerate(cells):  # exact below 2**24 images
+            rows = torch.as_tensor(cell[N : N + len(z)], device=z.device)
+            new = z.new_zeros(2 * classes, z.shape[1])
+            counts[i] = counts[i] + new.index_add_(0, rows, active)
+        values, images = z.topk(min(keep, len(z)), dim=0)  # (TOP, m)
         images = images + N
         if top is not None:
             values, images = torch.cat([top[0], values]), torch.cat([top[1], images])
-            values, order = values.topk(min(k, len(values)), dim=0)
+            values, order = values.topk(min(keep, len(values)), dim=0)
             images = images.gather(0, order)
         top, N = (values, images), N + len(z)
         if decode is not None:
@@ -80,12 +99,20 @@ def profile_latents(encode, batches: Iterable[torch.Tensor], labelings: list[np.
         l0, dead = fires.double().sum() / N, (fires == 0).double().mean()
         found = Reconstruction(*map(float, (error / squares, error / variance, l0, dead)))
     top_images, fires = top[1].T.cpu().numpy(), fires.long().cpu().numpy()
-    profiles = []
-    for labels, count in zip(labelings, counts):
-        of_class = np.maximum(np.bincount(labels, minlength=classes), 1).astype(np.float32)
-        rate = count.cpu().numpy().T / of_class
-        profiles.append(Profile(top_images, labels[top_images], fires, rate, found))
-    return profiles
+    return [
+        Profile(top_images, labels[top_images], fires, count.T.cpu().numpy().reshape(-1, classes, 2),
+                np.bincount(cell, minlength=2 * classes).reshape(-1, 2).astype(np.float32), found)
+        for labels, cell, count in zip(labelings, cells, counts)
+    ]
+
+
+def every_other(labels: np.ndarray) -> np.ndarray:
+    """(N,) 0 and 1 in turn, within each class."""
+    order = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[order], labels[order])  # where the class begins in this order
+    halves = np.empty(len(labels), np.int64)
+    halves[order] = (np.arange(len(labels)) - first) % 2
+    return halves
 
 
 class Scores(NamedTuple):
@@ -97,70 +124,200 @@ class Scores(NamedTuple):
     height_pairwise: np.ndarray  # (A,) mean height of two top images' LCH; 0 for one class
     coverage: np.ndarray  # (A,) |R ∩ leaves(lch)| / |leaves(lch)|, R the classes it responds to
     match: np.ndarray  # (A,) max over nodes v of |R ∩ leaves(v)| / |R ∪ leaves(v)|
-    match_node: np.ndarray  # (A,) int, the node that attains it; of several, the lowest
+    ontology_covered: float  # share of the distinct nodes that are the LCH of some latent
+    ontology_matched: float  # share of them that some latent matches
     hypernyms: np.ndarray  # (H,) int, distinct nodes of two classes to half of all
     hypernym_lch: np.ndarray  # (H,) bool, whether it is the LCH of some latent
-    hypernym_match: np.ndarray  # (H,) the best match of any latent with each of them
-    hypernym_latent: np.ndarray  # (H,) int, the latent that attains it; -1 where none matches
+    hypernym_match: np.ndarray  # (H,) best match of a latent that shows it; matched above 0.5
+    hypernym_latent: np.ndarray  # (H,) int, that latent; -1 where there is none
+    hypernym_iou: np.ndarray  # (H,) image-level IoU, latent chosen on one half, scored on the other
+    iou_latent: np.ndarray  # (H,) int, that latent
 
     def summary(self) -> dict:
         """A row of hierarchy.csv: means over alive latents (NaN for none), hypernyms found."""
         means = {"lch_height": self.height, "lch_height_pairwise": self.height_pairwise,
-                 "coverage": self.coverage, "match": self.match}
+                 "coverage": self.coverage, "match": self.match, "iou": self.hypernym_iou}
         return {
             "alive": len(self.latents),
             **{name: float(x.mean()) if len(x) else float("nan") for name, x in means.items()},
+            "ontology_covered": self.ontology_covered,
             "hypernyms_lch": int(self.hypernym_lch.sum()),
             "hypernyms_matched": int((self.hypernym_match > 0.5).sum()),
         }
 
 
-def score_hierarchy(profile: Profile, tree: Taxonomy, response_rate: float = 0.5) -> Scores:
+def score_hierarchy(profile: Profile, tree: Taxonomy, k=16, response_rate=0.5) -> Scores:
     """Score every alive latent of a profile, whose classes are the taxonomy's in the same order.
 
-    A latent responds to the classes on whose images it fires at least at `response_rate`.
+    A latent responds to the classes on whose images it fires at least at `response_rate`. It
+    *shows* a hypernym if more than half of its k top images are under it.
     """
-    k = profile.top_images.shape[1]
     leaves = tree.leaves.astype(np.float32)  # (V, C)
     sizes = leaves.sum(1)
-    alive = np.flatnonzero(profile.fires >= k)
     # the nodes told apart by their classes, lowest first: argmax takes the first of equals
     distinct = np.flatnonzero(tree.lowest == np.arange(len(sizes)))
     distinct = distinct[np.argsort(tree.height[distinct], kind="stable")]
     inner = np.flatnonzero((sizes[distinct] >= 2) & (sizes[distinct] <= len(tree.classes) / 2))
-    best, best_latent = np.zeros(len(inner), np.float32), np.full(len(inner), -1)
-    parts = []
-    for latents in np.array_split(alive, max(1, len(alive) // 1024)):  # bounds the memory
-        top = profile.top_classes[latents]  # (a, k)
-        in_top = np.zeros((len(latents), len(tree.classes)), bool)
-        in_top[np.arange(len(latents))[:, None], top] = True
+    alive = np.flatnonzero(profile.fires >= k)
+    top, in_top = profile.top_classes[alive, :k], np.zeros((len(alive), len(tree.classes)), np.float32)
+    np.add.at(in_top, (np.arange(len(alive))[:, None], top), 1 / top.shape[1])  # (A, C), of 1
+    lch = tree.lch(in_top)
+    responds = (profile.rate[alive] >= response_rate).astype(np.float32)  # (A, C): R
+    both = responds @ leaves[distinct].T
+    jaccard = both / (responds.sum(1, keepdims=True) + sizes[distinct] - both)  # (A, V')
+    shown = np.where(in_top @ leaves[distinct].T > 0.5 + 1e-4, jaccard, 0)
+    best = shown.max(0, initial=0)
+    best_latent = np.where(best > 0, alive[shown.argmax(0)], -1) if len(alive) else best - 1
+    iou, iou_latent = hypernym_iou(profile, leaves[distinct[inner]])
+    covered = np.isin(distinct, tree.lowest[lch])  # nodes with one set of classes are one
+    return Scores(
+        alive, lch, tree.height[lch], pairwise(tree, tree.height, top, same=0),
+        (responds * leaves[lch]).sum(1) / sizes[lch], jaccard.max(1, initial=0),
+        float(covered.mean()), float((best > 0.5).mean()), distinct[inner], covered[inner],
+        best[inner], best_latent[inner].astype(int), iou, iou_latent)
+
+
+def pairwise(tree: Taxonomy, value: np.ndarray, top: np.ndarray, same=None) -> np.ndarray:
+    """(A,) mean of value (V,) at the LCH of two of the top images' classes (A, k); for two of one
+    class `same`, if given."""
+    pairs, k = value[tree.pair_lch], top.shape[1]
+    own = pairs.diagonal()[top].sum(1)  # of an image with itself, which is no pair
+    if same is not None:
+        np.fill_diagonal(pairs, same)
+        own = same * k
+    return (pairs[top[:, :, None], top[:, None, :]].sum((1, 2)) - own) / (k * (k - 1))
+
+
+def iou_of(fires: np.ndarray, images: np.ndarray, leaves: np.ndarray) -> np.ndarray:
+    """Images under a hypernym on which a latent fires, over those under it or on which it fires:
+    fires (m, C), images (C,), leaves (H, C) -> (m, H)."""
+    both = fires @ leaves.T
+    return both / np.maximum(fires.sum(1, keepdims=True) + leaves @ images - both, 1)
+
+
+def hypernym_iou(profile: Profile, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every hypernym the latent of the largest IoU on one half of the images, its IoU on the
+    other half: choosing among thousands of latents then gains nothing."""
+    latents = iou_of(profile.counts[:, :, 0], profile.images[:, 0], leaves).argmax(0)  # (H,)
+    scored = iou_of(profile.counts[latents, :, 1], profile.images[:, 1], leaves)
+    return scored.diagonal(), latents
+
+
+def iou_draws(profile: Profile, scores: Scores, tree: Taxonomy, draws=1000, seed=0) -> np.ndarray:
+    """(draws,) the mean over hypernyms of their latents' IoU, in a bootstrap over classes: the same
+    classes for one seed, so that dictionaries can be compared draw by draw."""
+    leaves, C = tree.leaves[scores.hypernyms].astype(np.float32), len(tree.classes)
+    weights = np.random.default_rng(seed).multinomial(C, np.ones(C) / C, draws).T  # (C, draws)
+    fires, images = profile.counts[scores.iou_latent, :, 1], profile.images[:, 1]
+    both, under = (fires * leaves) @ weights, (images * leaves) @ weights  # (H, draws)
+    iou = np.where(under > 0, both / np.maximum(fires @ weights + under - both, 1), 0)
+    drawn = (under > 0).sum(0)  # hypernyms none of whose classes were drawn have no IoU
+    return np.divide(iou.sum(0), drawn, out=np.full(draws, np.nan), where=drawn > 0)
+
+
+class Relations(NamedTuple):
+    """Do the latents of general hypernyms fire where those of special ones do? A row of
+    relations.csv. A share is that of the top images of one latent on which another fires."""
+
+    related_pairs: int  # of hypernyms matched, u above v, by different latents
+    related: float  # mean share of the top images of v's latent on which u's fires
+    unrelated_pairs: int  # without a common class
+    unrelated: float
+    auc: float  # chance that a related pair has a larger share than an unrelated one
+    absorption: float  # 1 - related: how often the general latent is silent
+    p_value: float  # of the difference, by which latent belongs to which matched hypernym
+
+
+@torch.inference_mode()
+def relate(encode, read, profile: Profile, scores: Scores, tree: Taxonomy, k=16, draws=1000):
+    """Relations among the hypernyms matched, and the longest chain from general to special, as
+    [(place among the hypernyms, share of the one above)]; read gives tokens (rows, n) by number."""
+    matched = np.flatnonzero(scores.hypernym_match > 0.5)
+    matched = matched[np.argsort(-tree.leaves[scores.hypernyms[matched]].sum(1), kind="stable")]
+    M, latents = len(matched), scores.hypernym_latent[matched]
+    leaves = tree.leaves[scores.hypernyms[matched]].astype(np.float32)
+    common = leaves @ leaves.T  # (M, M) classes of both
+    above = (common == leaves.sum(1)) & (common < leaves.sum(1)[:, None])  # u above v
+    share = np.zeros((M, M))  # [u, v]
+    for v in range(M):
+        z = encode(read(profile.top_images[latents[v], :k]))
+        share[:, v] = (z[:, latents] > 0).double().mean(0).cpu()
+    share[latents[:, None] == latents] = np.nan  # not defined of a latent and itself
+
+    def split(order):
+        shuffled = share[np.ix_(order, order)]
+        parts = shuffled[above], shuffled[common == 0]
+        return [part[np.isfinite(part)] for part in parts]
+
+    related, unrelated = split(np.arange(M))
+    means = [float(part.mean()) if len(part) else float("nan") for part in (related, unrelated)]
+    auc = p_value = float("nan")
+    if len(related) and len(unrelated):
+        sides = [np.searchsorted(np.sort(unrelated), related, side) for side in ("left", "right")]
+        auc = float(np.mean(sides) / len(unrelated))
+        rng = np.random.default_rng(0)
+        others = [split(rng.permutation(M)) for _ in range(draws)]
+        larger = sum(a.mean() - b.mean() >= means[0] - means[1] - 1e-9
+                     for a, b in others if len(a) and len(b))
+        p_value = float((1 + larger) / (1 + draws))
+    row = Relations(len(related), means[0], len(unrelated), means[1], auc, 1 - means[0], p_value)
+    chain = [(int(matched[v]), None if u is None else float(share[u, v]))
+             for u, v in longest_chain(above & np.isfinite(share))]
+    return row, chain
+
+
+def longest_chain(above: np.ndarray) -> list[tuple]:
+    """The longest descent through above (M, M), where u is before v: [(None, v0), (v0, v1), ...]."""
+    chains = []  # the longest that ends in each
+    for v in range(len(above)):
+        before = max((chains[u] for u in np.flatnonzero(above[:v, v])), key=len, default=[])
+        chains.append([*before, (before[-1][1] if before else None, v)])
+    return max(chains, key=len, default=[])
+
+
+def readings(profile: Profile, scores: Scores, tree: Taxonomy, k: int) -> dict[str, dict]:
+    """LCH height and Ontological Coverage as their names may be meant: {claim: {reading: value}},
+    means over alive latents; a height by the depth from the root is negative."""
+    heights = {"longest path": (tree.height, 0), "shortest path": (tree.height_shortest, 0),
+               "depth": (-tree.depth, None)}
+    leaves = tree.leaves.astype(np.float32)
+    height, coverage = {}, {}
+    for some in [some for some in (4, 8, 16, 32) if some <= profile.top_images.shape[1]]:
+        alive = profile.fires >= some
+        top, rate = profile.top_classes[alive, :some], profile.rate[alive]
+        in_top = np.zeros((len(top), len(tree.classes)), bool)
+        in_top[np.arange(len(top))[:, None], top] = True
         lch = tree.lch(in_top)
-        pair_heights = tree.pair_height[top[:, :, None], top[:, None, :]]  # (a, k, k)
-        pairwise = pair_heights.sum((1, 2)) / (k * (k - 1))
-        responds = (profile.rate[latents] >= response_rate).astype(np.float32)  # (a, C): R
-        coverage = (responds * leaves[lch]).sum(1) / sizes[lch]
-        both = responds @ leaves[distinct].T
-        jaccard = both / (responds.sum(1, keepdims=True) + sizes[distinct] - both)  # (a, V')
-        parts.append((lch, pairwise, coverage, jaccard.max(1), distinct[jaccard.argmax(1)]))
-        if len(latents):
-            of_inner = jaccard[:, inner]
-            better = of_inner.max(0) > best
-            best_latent[better] = latents[of_inner.argmax(0)][better]
-            best = np.maximum(best, of_inner.max(0))
-    lch, pairwise, coverage, match, match_node = map(np.concatenate, zip(*parts))
-    found = np.isin(distinct[inner], tree.lowest[lch])  # nodes with one set of classes are one
-    return Scores(alive, lch, tree.height[lch], pairwise, coverage, match, match_node,
-                  distinct[inner], found, best, best_latent)
+        for name, (value, same) in heights.items():
+            height[f"{name}, of the set, k = {some}"] = value[lch]
+            height[f"{name}, over pairs, k = {some}"] = pairwise(tree, value, top, same)
+        for name, responds in {
+            "25%": rate >= 0.25, "50%": rate >= 0.5, "75%": rate >= 0.75, "any": rate > 0,
+            "top images": in_top,
+        }.items():
+            share = (responds * leaves[lch]).sum(1) / leaves[lch].sum(1)
+            coverage[f"of its LCH by a latent, R = {name}, k = {some}"] = share
+    for name, of in (("height", height), ("coverage", coverage)):
+        for key, x in of.items():
+            of[key] = float(x.mean()) if len(x) else float("nan")
+    for how, nodes, hypernyms in [
+        ("as LCH", scores.ontology_covered, scores.hypernym_lch),
+        ("matched", scores.ontology_matched, scores.hypernym_match > 0.5),
+    ]:
+        share = float(hypernyms.mean()) if len(hypernyms) else float("nan")
+        coverage[f"of the ontology, hypernyms, {how}, k = {k}"] = share
+        coverage[f"of the ontology, hypernyms and classes, {how}, k = {k}"] = nodes
+    return {"height": height, "coverage": coverage}
 
 
-def best_latents(scores: Scores, profile: Profile, tree: Taxonomy) -> dict[str, dict]:
-    """wnid of each hypernym that some latent responds to -> the latent that matches it best."""
+def best_latents(scores: Scores, profile: Profile, tree: Taxonomy, k: int) -> dict[str, dict]:
+    """wnid of each hypernym that some latent shows -> the latent that matches it best."""
     place = {latent: i for i, latent in enumerate(scores.latents.tolist())}
     rows = zip(scores.hypernyms, scores.hypernym_match, scores.hypernym_latent.tolist())
     return {
         tree.wnids[v]: {"match": float(match), "latent": latent,
                         "lch": tree.names[scores.lch[place[latent]]],
-                        "top_images": profile.top_images[latent].tolist()}
+                        "top_images": profile.top_images[latent, :k].tolist()}
         for v, match, latent in rows if latent >= 0
     }
 
@@ -230,60 +387,3 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, val: torch.Ten
         pairs = zip(val.split(8192), val_labels.split(8192))
         guesses = ((probe((x.float() - mean) / deviation).argmax(1), labels) for x, labels in pairs)
         return sum(int((guess == labels).sum()) for guess, labels in guesses) / len(val)
-
-
-class Trend(NamedTuple):
-    rho: float  # Spearman's rank correlation
-    p_value: float  # one-sided: the share of orderings of y whose rho is at least as large
-
-
-def _ranks(values) -> np.ndarray:
-    """Ranks from 0, ties getting their mean."""
-    values = np.asarray(values, float)
-    below, up_to = (values[:, None] > values).sum(1), (values[:, None] >= values).sum(1)
-    return (below + up_to - 1) / 2
-
-
-def rising_trend(x, y, permutations: int = 100_000, seed: int = 0) -> Trend:
-    """Does y rise with x? Spearman's rho, its one-sided permutation p: exact for up to 8 points.
-
-    Points with a NaN are left out. NaN for both where x or y is constant, or of under 3 points.
-    """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    there = np.isfinite(x) & np.isfinite(y)
-    a, b = (_ranks(values[there]) - (there.sum() - 1) / 2 for values in (x, y))
-    norm = float(np.sqrt((a @ a) * (b @ b)))
-    if len(a) < 3 or norm == 0:
-        return Trend(float("nan"), float("nan"))
-    observed = a @ b - 1e-9
-    if len(a) <= 8:
-        orders = np.array(list(itertools.permutations(b)))
-        return Trend(float(a @ b / norm), float((orders @ a >= observed).mean()))
-    rng, larger, part = np.random.default_rng(seed), 0, permutations // 20  # in parts: the memory
-    for _ in range(20):
-        larger += (rng.permuted(np.tile(b, (part, 1)), axis=1) @ a >= observed).sum()
-    return Trend(float(a @ b / norm), float((1 + larger) / (1 + 20 * part)))
-
-
-def agreement_trend(agreement: np.ndarray, permutations: int = 10_000, seed: int = 0) -> Trend:
-    """Do near layers agree more than far ones? agreement (L, L), symmetric, NaN where not defined.
-
-    Mantel's test: Spearman's rho of agreement and nearness over pairs of layers, its one-sided p
-    by permuting the layers, since pairs that share a layer are not independent of each other.
-    """
-    a, b = np.triu_indices(len(agreement), 1)
-    there = np.isfinite(agreement[a, b])
-    a, b = a[there], b[there]
-    if len(a) < 3:
-        return Trend(float("nan"), float("nan"))
-    values, nearness = _ranks(agreement[a, b]), np.zeros(len(agreement))
-    nearness[b - a] = _ranks(a - b)  # the rank of -distance, by distance
-    values, nearness = values - values.mean(), nearness - nearness[b - a].mean()
-    norm = float(np.sqrt((values @ values) * (nearness[b - a] @ nearness[b - a])))
-    if norm == 0:
-        return Trend(float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    observed = values @ nearness[b - a]
-    orders = (rng.permutation(len(agreement)) for _ in range(permutations))
-    larger = sum(values @ nearness[abs(order[b] - order[a])] >= observed - 1e-9 for order in orders)
-    return Trend(float(observed / norm), float((1 + larger) / (1 + permutations)))

@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 import time
+import warnings
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,24 +27,25 @@ from tqdm import tqdm
 
 from dinov2_hooks import HUB, BackboneError, recording_precision, weights_hash
 from kit import hub, plan, report
+from kit.claims import claims_of_seed, combine, reading_rows
 from kit.images import Decoded, fingerprint
 from kit.job import Job, prepare, saes_name
 from kit.process import (RANK, WORLD, check_disk, keep_freed_memory, lock, run_as_command,
                          wait_for_all)
 from kit.recording import record_split, statistics_of
 from kit.store import atomic_write, check_file, checksum, hash_of, read_record, reuse, write_record
-from metrics import (agreement_trend, best_latents, consistency, hypernym_rows, linear_probe,
-                     neurons, profile_latents, rising_trend, score_hierarchy)
-from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training, new_sae,
-                 train_sae)
-from taxonomy import Taxonomy, TaxonomyError
+from metrics import (best_latents, consistency, hypernym_rows, iou_draws, linear_probe,
+                     profile_latents, readings, relate, score_hierarchy, sparse_units)
+from sae import SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training, train_sae
+from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
+SAMPLE = 16_384  # training tokens on which the baselines' thresholds are set
 LIMITS = {  # of the settings that are numbers: the least and the largest
     "expansion": (1, 10**9), "l1": (0, 1e9), "epochs": (1, 10**9), "batch_size": (1, 10**9),
-    "lr": (1e-12, 1), "top_k": (2, 10**9), "response_rate": (1e-12, 1), "seed": (0, 2**63 - 1),
-    "images_per_class": (1, 10**9),
+    "lr": (1e-12, 1), "top_k": (2, 10**9), "response_rate": (1e-12, 1), "seed": (0, 2**62),
+    "images_per_class": (1, 10**9), "seeds": (1, 1000),
 }
 
 
@@ -60,6 +62,7 @@ def parse_settings(argv=None) -> argparse.Namespace:
     add("--hub", help=f"torch.hub repository, or a folder with a hubconf.py (default: {HUB})")
     add("--out", help="output folder (default: runs/<data>-<backbone>)")
     add("--expansion", type=int, default=8, help="SAE: latents per dimension of the token (8)")
+    add("--activation", default="relu", help="SAE: relu, the paper's, or topk-K, as topk-32 (relu)")
     add("--l1", type=float, default=0.1, help="SAE: λ, the weight of ‖z‖₁ in the loss (0.1)")
     add("--inputs", choices=["centred", "raw"], default="centred",
         help="SAE: tokens minus their mean, or as they come; both over one scalar (centred)")
@@ -77,6 +80,7 @@ def parse_settings(argv=None) -> argparse.Namespace:
     add("--push-to-hub", metavar="USER/NAME", help="publish SAEs and results on Hugging Face")
     add("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
     add("--seed", type=int, default=0, help="of SAEs, probes and shuffled labels (0)")
+    add("--seeds", type=int, default=1, help="so many SAEs a layer, from --seed on (1)")
     settings = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(settings, name)
@@ -84,22 +88,25 @@ def parse_settings(argv=None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high}")
     if not re.fullmatch(r"all|last|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", settings.layers):
         parser.error(f"--layers {settings.layers}: give all, last, a range 0-11 or a list 3,7,11")
+    if not re.fullmatch(r"relu|topk-[1-9]\d{0,5}", settings.activation):
+        parser.error(f"--activation {settings.activation}: give relu or topk-K, as topk-32")
     if settings.device == "cuda" and torch.cuda.device_count() == 0:
         parser.error("--device cuda: PyTorch finds no GPU here; give --device cpu, or leave it out")
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return settings
 
 
-def train_layer(job: Job, folder: Path, layer: int, tokens: dict, about: dict, progress) -> None:
+def train_layer(job: Job, training: Training, folder: Path, layer: int, tokens: dict, about: dict,
+                progress) -> None:
     """Stage 2: the class tokens of a layer -> its SAE, in `folder`."""
     record = tokens["train"][layer]
-    made_from = {**asdict(job.training), "layer": layer, "tokens": record["tokens"],
+    made_from = {**asdict(training), "layer": layer, "tokens": record["tokens"],
                  "code": hash_of(HERE / "sae.py")}
     if reuse(folder / "sae.json", made_from):
         return
     buffer = ActivationBuffer(check_file(record["path"], record["tokens"]), job.settings.device)
     try:
-        sae = train_sae(buffer, job.training, statistics_of(record), about | made_from, progress)
+        sae = train_sae(buffer, training, statistics_of(record), about | made_from, progress)
     except SAEError as error:
         raise SAEError(f"layer {layer}: {error}") from error
     with atomic_write(folder) as part:
@@ -108,9 +115,9 @@ def train_layer(job: Job, folder: Path, layer: int, tokens: dict, about: dict, p
         write_record(part / "sae.json", made_from, files=files)
 
 
-def probe_layer(job: Job, path: Path, layer: int, tokens: dict) -> float:
+def probe_layer(job: Job, path: Path, seed: int, layer: int, tokens: dict) -> float:
     """Accuracy of a linear probe on a layer's tokens, whatever its SAE; kept in `path`."""
-    splits, seed = [tokens["train"], tokens["val"]], job.settings.seed
+    splits = [tokens["train"], tokens["val"]]
     made_from = {"tokens": [split[layer]["tokens"] for split in splits], "seed": seed,
                  "code": hash_of(HERE / "metrics.py")}
     if known := reuse(path, made_from):
@@ -125,121 +132,111 @@ def probe_layer(job: Job, path: Path, layer: int, tokens: dict) -> float:
     return write_record(path, made_from, top1=top1)["top1"]
 
 
-def score_layer(job: Job, path: Path, layer: int, tokens: dict, folder: Path) -> dict:
-    """Stage 3: the latents of a layer, whose SAE is in `folder`, -> its row of layers.csv, its rows
-    of hierarchy.csv and the best latent for every hypernym; kept in `path`."""
-    settings, record, labels = job.settings, tokens["val"][layer], tokens["val"]["labels"]
+def dictionaries_of(sae: SparseAutoencoder, sample: torch.Tensor, mean: torch.Tensor, seed: int):
+    """(name, encoder, decoder) of the SAE, and of two baselines that differ from it in training
+    alone: raw neurons and random directions, as many of them firing on a token as its latents."""
+    share = float((sae.encode(sample) > 0).float().mean())
+    n = len(mean)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the directions that the SAE's training began with
+        untrained = SparseAutoencoder(n, len(sae.b_enc)).W_enc.detach().to(mean.device)
+    axes = torch.eye(n, device=mean.device)
+    return [("sae", sae.encode, sae.decode),
+            ("neurons", sparse_units(torch.cat([axes, -axes]), sample, mean, share), None),
+            ("untrained", sparse_units(untrained, sample, mean, share), None)]
+
+
+def score_layer(job: Job, seed: int, path: Path, layer: int, tokens: dict, folder: Path) -> dict:
+    """Stage 3: the latents of a layer, whose SAE is in `folder`, -> its rows of all tables; kept in
+    `path`."""
+    settings, tree, k = job.settings, job.tree, job.settings.top_k
+    train, val, labels = tokens["train"][layer], tokens["val"][layer], tokens["val"]["labels"]
     code = [HERE / f"{module}.py" for module in ("metrics", "taxonomy", "sae")]
     made_from = {
-        "tokens": record["tokens"], "sae": checksum(folder / "model.safetensors"),
-        "classes": job.tree.wnids, "top_k": settings.top_k, "seed": settings.seed,
-        "response_rate": settings.response_rate, "code": hash_of(*code),
+        "tokens": [train["tokens"], val["tokens"]], "sae": checksum(folder / "model.safetensors"),
+        "classes": tree.wnids, "top_k": k, "seed": seed, "code": hash_of(*code),
+        "response_rate": settings.response_rate,
     }
-    probe_path = path.parent.parent / f"probe-seed_{settings.seed}" / path.name
-    accuracy = probe_layer(job, probe_path, layer, tokens)
+    accuracy = probe_layer(job, path.parent.parent / f"probe-seed_{seed}" / path.name, seed, layer,
+                           tokens)
     if known := reuse(path, made_from):
         return known
-    buffer = ActivationBuffer(check_file(record["path"], record["tokens"]), settings.device)
-    statistics = statistics_of(tokens["train"][layer])
-    mean, n = statistics.mean.float().to(settings.device), len(statistics.mean)
+    buffers = [ActivationBuffer(check_file(record["path"], record["tokens"]), settings.device)
+               for record in (train, val)]
+    sample = next(buffers[0].batches(SAMPLE))  # of training tokens, whose rows are in random order
+    statistics = statistics_of(train)
+    mean = statistics.mean.float().to(settings.device)
     sae = SparseAutoencoder.from_pretrained(folder).to(settings.device)
-    about = {"inputs": "centred", "seed": 0, **(sae.about or {})}
-    alike = Training(expansion=len(sae.b_enc) // n, inputs=about["inputs"], seed=about["seed"])
-    untrained = new_sae(statistics, alike).to(settings.device)
-    shuffled = np.random.default_rng(settings.seed).permutation(labels)
-    hierarchy = []
-    for name, encode, decode, labelings in [
-        ("sae", sae.encode, sae.decode, {"true": labels, "shuffled": shuffled}),
-        ("neurons", neurons(mean), None, {"true": labels}),
-        ("untrained", untrained.encode, None, {"true": labels}),
-    ]:
-        profiles = profile_latents(encode, buffer.batches(VAL_BATCH), list(labelings.values()),
-                                   len(job.tree.classes), settings.top_k, decode)
+    seed_of_sae = (sae.about or {}).get("seed", seed)
+    shuffled = np.random.default_rng(seed).permutation(labels)
+    kept = {"hierarchy": [], "relations": [], "iou_draws": {}}
+    first = {"layer": layer, "seed": seed}
+    for name, encode, decode in dictionaries_of(sae, sample, mean, seed_of_sae):
+        labelings = {"true": labels, "shuffled": shuffled} if name == "sae" else {"true": labels}
+        profiles = profile_latents(encode, buffers[1].batches(VAL_BATCH), list(labelings.values()),
+                                   len(tree.classes), k, decode)
         for of, profile in zip(labelings, profiles):
-            scores = score_hierarchy(profile, job.tree, settings.response_rate)
-            row = {"layer": layer, "dictionary": name, "labels": of}
-            hierarchy.append(row | scores.summary())
-            if (name, of) == ("sae", "true"):
-                hypernyms = best_latents(scores, profile, job.tree)
+            scores = score_hierarchy(profile, tree, k, settings.response_rate)
+            row = {**first, "dictionary": name, "labels": of, **scores.summary()}
+            kept["hierarchy"].append(row)
+            if of == "shuffled":
+                continue
+            kept["iou_draws"][name] = iou_draws(profile, scores, tree).tolist()
+            related, chain = relate(encode, buffers[1].rows_at, profile, scores, tree, k)
+            kept["relations"].append({**first, "dictionary": name, **related._asdict()})
+            if name == "sae":
+                kept |= {"hypernyms": best_latents(scores, profile, tree, k),
+                         "readings": readings(profile, scores, tree, k),
+                         "chain": [(tree.wnids[scores.hypernyms[v]], share) for v, share in chain]}
                 reconstruction = profile.reconstruction._asdict()
     gamma = float(statistics.mean.norm()) / statistics.rms_deviation
-    layers = {"layer": layer, "width": n, "gamma": gamma, "probe_top1": accuracy, **reconstruction}
-    return write_record(path, made_from, layers=layers, hierarchy=hierarchy, hypernyms=hypernyms)
+    layers = {**first, "width": len(mean), "gamma": gamma, "probe_top1": accuracy, **reconstruction}
+    return write_record(path, made_from, layers=layers, **kept)
 
 
-def check_claims(layers, hierarchy, agreement, hypernyms) -> list[dict]:
-    """The paper's qualitative claims on this run's numbers, and one of ours: rows of claims.csv.
-
-    Each is a one-sided permutation test of Spearman's rho. Verdict: "holds" where p < 0.05,
-    "contradicted" where the opposite has p < 0.05, else "open", as with too few layers to tell.
-    """
-    def column(name, labels):
-        return np.array([row[name] for row in hierarchy
-                         if row["dictionary"] == "sae" and row["labels"] == labels], float)
-
-    depth = [row["layer"] for row in layers]
-    tests = [
-        (claim, f"layer and {name}", rising_trend, [depth], np.array([row[name] for row in layers]))
-        for claim, name in [("category information grows with depth", "probe_top1"),
-                            ("early layers are easier to auto-encode", "nmse"),
-                            ("early layers need fewer active latents", "l0")]
-    ]
-    for claim, name, sign in [
-        ("latents grow more specific: LCH height falls", "lch_height_pairwise", -1),
-        ("more hypernyms are the LCH of some latent", "hypernyms_lch", 1),
-        ("more hypernyms are matched by some latent", "hypernyms_matched", 1),
-    ]:
-        y, by_chance = sign * column(name, "true"), sign * column(name, "shuffled")
-        said = "layer and " + "-" * (sign < 0) + name
-        tests += [(claim, said, rising_trend, [depth], y),
-                  ("... by more than under shuffled labels", said + ", less that under shuffled",
-                   rising_trend, [depth], y - by_chance)]
-    emerged = [row for row in hypernyms if row["emergence_layer"] is not None]
-    emergence = np.array([row["emergence_layer"] for row in emerged])
-    tests += [
-        ("near layers agree more than far ones",
-         "nearness and Jaccard, over pairs of layers (Mantel)", agreement_trend, [], agreement),
-        ("beyond the paper: general hypernyms emerge earlier",
-         f"height and -emergence_layer, over {len(emerged)} hypernyms", rising_trend,
-         [[row["height"] for row in emerged]], -emergence),
-    ]
-    rows = []
-    for claim, statistic, test, x, y in tests:
-        (rho, p), (_, p_opposite) = test(*x, y), test(*x, -y)
-        verdict = "holds" if p < 0.05 else "contradicted" if p_opposite < 0.05 else "open"
-        rows.append({"claim": claim, "statistic": f"Spearman's rho of {statistic}", "value": rho,
-                     "p_value": p, "verdict": verdict})
-    return rows
-
-
-def tables_of(scores: dict[int, dict], tree: Taxonomy) -> dict:
-    """Stage 4: the scores of all layers -> the tables of a run."""
-    layers = [score["layers"] for score in scores.values()]
-    hierarchy = [row for score in scores.values() for row in score["hierarchy"]]
-    best = {layer: score["hypernyms"] for layer, score in scores.items()}
-    hypernyms, pairs = hypernym_rows(best, tree), np.triu_indices(len(layers), 1)
-    agreement = consistency(list(best.values()))
+def tables_of(scores: dict[tuple[int, int], dict], job: Job) -> dict:
+    """Stage 4: the scores by layer and seed -> the tables of a run."""
+    seeds, layers = [training.seed for training in job.trainings], job.layers
+    pairs, agreements, by_seed, reads, hypernyms = np.triu_indices(len(layers), 1), [], [], [], []
+    for seed in seeds:
+        records = {layer: scores[layer, seed] for layer in layers}
+        best = {layer: record["hypernyms"] for layer, record in records.items()}
+        agreements.append(consistency(list(best.values())))
+        hypernyms.append(hypernym_rows(best, job.tree))
+        by_seed.append(claims_of_seed(list(records.values()), hypernyms[-1]))
+        reads += reading_rows(list(records.values()), seed)
+    with warnings.catch_warnings():  # of a pair that is NaN in every seed
+        warnings.simplefilter("ignore")
+        agreement = np.nanmean(agreements, 0)
     return {
-        "layers": layers, "hierarchy": hierarchy, "hypernyms_possible": len(hypernyms),
-        "hypernyms": [row for row in hypernyms if row["classes"] >= 5] or hypernyms,
-        "consistency": [{"layer_a": layers[a]["layer"], "layer_b": layers[b]["layer"],
+        "layers": [record["layers"] for record in scores.values()],
+        "hierarchy": [row for record in scores.values() for row in record["hierarchy"]],
+        "relations": [row for record in scores.values() for row in record["relations"]],
+        "hypernyms": [row for row in hypernyms[0] if row["classes"] >= 5] or hypernyms[0],
+        "consistency": [{"layer_a": layers[a], "layer_b": layers[b],
                          "jaccard": float(agreement[a, b])} for a, b in zip(*pairs)],
-        "claims": check_claims(layers, hierarchy, agreement, hypernyms),
-        "agreement": agreement, "all_hypernyms": hypernyms,
+        "claims": combine(by_seed, reads), "readings": reads,
+        "hypernyms_possible": len(hypernyms[0]),
+        "agreement": agreement, "all_hypernyms": hypernyms[0],
     }
 
 
-def make_results(job: Job, root: Path, record: dict, scores: dict, tokens: dict) -> None:
+def make_results(job: Job, folders: dict, record: dict, scores: dict, tokens: dict) -> None:
     """Stage 4: scores -> tables, claims, figures, report, in the folder results/."""
-    settings, folders = job.settings, {layer: root / f"layer_{layer:02d}" for layer in job.layers}
-    record |= tables_of(scores, job.tree)
-    latents = report.named_latents(record["all_hypernyms"])
-    title = f"{settings.backbone} on {Path(settings.data).resolve().name}, {saes_name(job)}"
+    settings, first = job.settings, job.trainings[0]
+    record |= tables_of(scores, job)
+    records = {layer: scores[layer, first.seed] for layer in job.layers}
+    latents = report.named_latents(record["all_hypernyms"], records)
+    chain = report.longest_chain(records, job.tree)
+    saes = {layer: folders[layer, first.seed] for layer in job.layers}
+    root = saes[job.layers[0]].parent
+    title = f"{settings.backbone} on {Path(settings.data).resolve().name}, "
+    title += saes_name(settings, first) + f" and {settings.seeds - 1} more" * (settings.seeds > 1)
     with atomic_write(job.out / "results") as folder:
         (folder / "figures").mkdir(parents=True)
-        report.draw_latents(folder / "figures", latents, scores, folders, job.model,
+        report.draw_latents(folder / "figures", latents + chain, saes, job.model,
                             Decoded(job.val, job.transform), tokens["val"]["ids"])
-        shown = report.write_results(folder, title, job.note, record, latents, job.tree)
+        shown = report.write_results(folder, title, job.note, record, latents, chain, job.tree)
     print(f"\n{shown}\n\n{job.note}\nTables, figures, report: {job.out / 'results'}; SAEs: {root}")
     if not settings.saes:
         repo = settings.push_to_hub or "USER/NAME"
@@ -248,9 +245,10 @@ def make_results(job: Job, root: Path, record: dict, scores: dict, tokens: dict)
         hub.publish(settings.push_to_hub, root, job.out / "results")
 
 
-def run_stages(job: Job, root: Path) -> None:
-    """All four stages; `root` is the folder of the SAEs, of which there is one a layer."""
-    settings, mine, times = job.settings, job.layers[RANK::WORLD], [time.time()]
+def run_stages(job: Job, roots: dict[int, Path]) -> None:
+    """All four stages; `roots` are the folders of the SAEs by seed."""
+    settings, first, times = job.settings, job.trainings[0], [time.time()]
+    mine = [(layer, one) for one in job.trainings for layer in job.layers][RANK::WORLD]
     print("[1/4] images -> class tokens")
     made_from = {
         "format": 1, "images": fingerprint(job.train, job.val), "backbone": settings.backbone,
@@ -259,46 +257,49 @@ def run_stages(job: Job, root: Path) -> None:
         "precision": recording_precision(settings.device),
     }
     tokens = {
-        split: record_split(job.model, job.transform, images, job.layers, job.out / "tokens" / split,
-                            made_from, settings.skip_bad_images)
-        for split, images in (("train", job.train), ("val", job.val))
+        name: record_split(job.model, job.transform, split, job.layers, job.out / "tokens" / name,
+                           made_from, settings.skip_bad_images)
+        for name, split in (("train", job.train), ("val", job.val))
     }
     times.append(time.time())
 
-    print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or job.training}")
+    print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or first}")
+    folders = {(layer, one.seed): roots[one.seed] / f"layer_{layer:02d}"
+               for one in job.trainings for layer in job.layers}
     about = {"backbone": settings.backbone, "images": made_from["images"]}
     with tqdm(total=0, unit="step", disable=RANK > 0 or bool(settings.saes)) as bar:
         def progress(step, steps, loss):
             bar.total = steps * len(mine)
             bar.update()
 
-        for layer in [] if settings.saes else mine:
-            bar.set_description(f"      layer {layer}")
-            train_layer(job, root / f"layer_{layer:02d}", layer, tokens, about, progress)
+        for layer, one in [] if settings.saes else mine:
+            bar.set_description(f"      layer {layer}, seed {one.seed}")
+            train_layer(job, one, folders[layer, one.seed], layer, tokens, about, progress)
     wait_for_all()
     times.append(time.time())
 
     print("[3/4] latents -> scores")
-    kept, scores = job.out / "scores" / saes_name(job), {}
-    for layer in tqdm(mine, "      layers", unit="layer", disable=RANK > 0):
-        name = f"layer_{layer:02d}"
-        scores[layer] = score_layer(job, kept / f"{name}.json", layer, tokens, root / name)
+    kept = job.out / "scores"
+    paths = {(layer, one.seed): kept / saes_name(settings, one) / f"layer_{layer:02d}.json"
+             for layer in job.layers for one in job.trainings}
+    for layer, one in tqdm(mine, "      layers", unit="layer", disable=RANK > 0):
+        key = layer, one.seed
+        score_layer(job, one.seed, paths[key], layer, tokens, folders[key])
     wait_for_all()
     times.append(time.time())
     if RANK > 0:
         return
 
     print("[4/4] scores -> tables, figures, report")
-    scores = {layer: scores.get(layer) or read_record(kept / f"layer_{layer:02d}.json")
-              for layer in job.layers}
     record = {
-        "settings": vars(settings) | {"batch_size": job.training.batch_size, "out": str(job.out)},
-        "made_from": made_from, "saes": str(root),
+        "settings": vars(settings) | {"batch_size": first.batch_size, "out": str(job.out)},
+        "made_from": made_from, "saes": str(roots[first.seed]),
         "seconds": dict(zip(("tokens", "saes", "scores"), np.diff(times).round(1).tolist())),
         "left_out": {split: len(found["left_out"]) for split, found in tokens.items()},
         "versions": {name: version(name) for name in ("torch", "torchvision", "nltk", "numpy")},
     }
-    make_results(job, root, record, scores, tokens)
+    scores = {key: read_record(path) for key, path in paths.items()}
+    make_results(job, folders, record, scores, tokens)
     print(f"Done in {time.time() - times[0]:.0f} s.")
 
 
@@ -309,22 +310,22 @@ def run(settings: argparse.Namespace) -> None:
         wait_for_all()  # until the first process has found all as it should be
     job = prepare(settings)
     counts = len(job.train.names), len(job.val.names)
-    parts = plan.plan(job.model, job.transform, *counts, job.layers, job.training)
+    parts = plan.plan(job.model, job.transform, *counts, job.layers, job.trainings)
     if settings.plan:
         images = Decoded(job.train, job.transform)
-        parts = plan.with_seconds(parts, job.model, images, *counts, job.training)
+        parts = plan.with_seconds(parts, job.model, images, *counts, job.trainings[0])
     print(plan.table(parts))
     if settings.plan:
         return
-    root = job.out / "saes" / saes_name(job)
+    roots = {one.seed: job.out / "saes" / saes_name(settings, one) for one in job.trainings}
     if settings.saes:
         width = job.model.cls_token.shape[-1]
-        root = hub.find_saes(settings.saes, job.layers, width, settings.backbone)
-    check_disk(job.out, plan.still_to_write(parts, job.out, root, job.layers))
+        roots = {settings.seed: hub.find_saes(settings.saes, job.layers, width, settings.backbone)}
+    check_disk(job.out, plan.still_to_write(parts, job.out, roots.values(), job.layers))
     if RANK == 0:
         wait_for_all()
     with lock(job.out):
-        run_stages(job, root)
+        run_stages(job, roots)
 
 
 def main(argv=None) -> int:

@@ -72,6 +72,10 @@ class ActivationBuffer:
                 yield pool[rows].float()
             del pool  # before the next is read
 
+    def rows_at(self, rows) -> torch.Tensor:
+        """The tokens (B, n) of some rows, in float32."""
+        return torch.from_numpy(np.array(self.tokens[rows])).to(self.device).float()
+
     def statistics(self) -> Statistics:
         """Mean and variance of every coordinate over all rows, summed in float64."""
         total = squares = torch.zeros(self.width, dtype=torch.float64)
@@ -86,12 +90,13 @@ class ActivationBuffer:
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
     """width n, latents m; W_enc and W_dec are (m, n): row i is latent i's direction.
 
-    `about` is anything worth keeping in config.json: the layer, the settings of its training.
+    top_k  at most so many latents are active, the largest; None: all, as in the paper
+    about  anything worth keeping in config.json: the layer, the settings of its training
     """
 
-    def __init__(self, width: int, latents: int, about: dict | None = None):
+    def __init__(self, width: int, latents: int, about: dict | None = None, top_k=None):
         super().__init__()
-        self.about = about
+        self.about, self.top_k = about, top_k
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(latents, width)))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(latents))
@@ -105,7 +110,11 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
 
     def latents(self, x: torch.Tensor) -> torch.Tensor:
         """x̃ (B, n) -> z (B, m), at least 0"""
-        return torch.relu(nn.functional.linear(x, self.W_enc, self.b_enc))
+        z = torch.relu(nn.functional.linear(x, self.W_enc, self.b_enc))
+        if self.top_k is not None:
+            largest = z.topk(self.top_k, dim=1)
+            z = torch.zeros_like(z).scatter(1, largest.indices, largest.values)
+        return z
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """raw tokens (B, n) -> latents z (B, m)"""
@@ -142,6 +151,8 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
 class Training:
     expansion: int = 8
     """latents per dimension of the token"""
+    activation: str = "relu"
+    """"relu", the paper's, or "topk-K": of it the K largest; λ is then not used"""
     l1: float = 0.1
     """λ, reached after a linear warm-up over the first 5% of steps"""
     inputs: str = "centred"
@@ -153,6 +164,10 @@ class Training:
     seed: int = 0
     precision: str = "float32"
     """of the matrix products: "float32" or "bfloat16", as `fast_precision` finds it in hardware"""
+
+    @property
+    def top_k(self) -> int | None:
+        return None if self.activation == "relu" else int(self.activation.removeprefix("topk-"))
 
 
 class Loss(NamedTuple):
@@ -178,7 +193,7 @@ def new_sae(statistics: Statistics, settings: Training, about=None) -> SparseAut
     n = len(statistics.mean)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        sae = SparseAutoencoder(n, settings.expansion * n, about)
+        sae = SparseAutoencoder(n, settings.expansion * n, about, settings.top_k)
     if settings.inputs == "centred":  # then x̃ has mean zero, as b_dec is
         sae.shift.copy_(statistics.mean)
         sae.scale.fill_(statistics.rms_deviation)
@@ -207,8 +222,9 @@ def train_sae(buffer: ActivationBuffer, settings: Training, statistics: Statisti
     for epoch in range(settings.epochs):
         for x in buffer.batches(B, generator):
             lr_factor, l1_factor = schedule(step, steps)
+            l1 = settings.l1 * l1_factor if settings.top_k is None else 0
             with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-                loss = loss_of(sae, sae.normalise(x), settings.l1 * l1_factor)
+                loss = loss_of(sae, sae.normalise(x), l1)
             optimizer.zero_grad()
             loss.total.backward()
             optimizer.param_groups[0]["lr"] = settings.lr * lr_factor

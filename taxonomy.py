@@ -50,6 +50,8 @@ class Taxonomy:
     """(V, C) bool, True where the class is at or below the node: the ancestor matrix"""
     height: np.ndarray
     """(V,) int, edges on the longest path from the node down to a class; 0 with none below"""
+    height_shortest: np.ndarray
+    """(V,) int, edges on the shortest of these paths"""
     depth: np.ndarray
     """(V,) int, edges on the longest path from the root down to the node"""
     lowest: np.ndarray
@@ -94,18 +96,20 @@ class Taxonomy:
         class_nodes = np.array([index[wnid] for wnid in classes])
         leaves = np.zeros((len(nodes), len(classes)), bool)
         leaves[class_nodes, np.arange(len(classes))] = True
-        height = np.zeros(len(nodes), int)
+        height, shortest = np.zeros(len(nodes), int), np.full(len(nodes), len(nodes))
+        shortest[class_nodes] = 0
         for v in np.argsort(-depth, kind="stable"):  # deepest first: all below v is done
             for wnid in graph[nodes[v]].hypernyms:
                 parent = index[wnid]
                 leaves[parent] |= leaves[v]
                 height[parent] = max(height[parent], height[v] + 1)
+                shortest[parent] = min(shortest[parent], shortest[v] + 1)
 
         first_of_set, lowest = {}, np.empty(len(nodes), int)
         for v in sorted(range(len(nodes)), key=lambda v: (height[v], -depth[v], nodes[v])):
             lowest[v] = first_of_set.setdefault(leaves[v].tobytes(), v)
         names = [graph[wnid].name for wnid in nodes]
-        return cls(nodes, names, class_nodes, leaves, height, depth, lowest)
+        return cls(nodes, names, class_nodes, leaves, height, shortest, depth, lowest)
 
     @functools.cached_property
     def hypernyms(self) -> np.ndarray:
@@ -135,13 +139,13 @@ class Taxonomy:
         return nodes[above_all.argmax(1)]
 
     @functools.cached_property
-    def pair_height(self) -> np.ndarray:
-        """(C, C) int16, height of the LCH of every pair of classes; 0 on the diagonal."""
-        pairs = np.zeros((len(self.classes), len(self.classes)), np.int16)
+    def pair_lch(self) -> np.ndarray:
+        """(C, C) int32, the LCH of every pair of classes; on the diagonal the class itself."""
+        pairs = np.zeros((len(self.classes), len(self.classes)), np.int32)
         for v in self._best_first[::-1]:  # the best node above a pair is written last
             below = np.flatnonzero(self.leaves[v])
-            pairs[np.ix_(below, below)] = self.height[v]
-        np.fill_diagonal(pairs, 0)
+            pairs[np.ix_(below, below)] = v
+        np.fill_diagonal(pairs, self.classes)
         return pairs
 
 

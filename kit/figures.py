@@ -13,8 +13,8 @@ STYLES = {
     ("sae", "true"): dict(color="#0072B2", marker="o", label="SAE"),
     ("sae", "shuffled"): dict(color="#D55E00", marker="x", label="SAE, shuffled labels",
                               linestyle="--"),
-    ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons"),
-    ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE"),
+    ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons, as sparse"),
+    ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE, as sparse"),
 }
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
@@ -34,20 +34,32 @@ def _finish(figure, path: Path):
     plt.close(figure)
 
 
+def _line(axis, rows: list[dict], column: str, **style):
+    """The mean over seeds by layer, and a band of one standard deviation."""
+    by_layer = {}
+    for row in rows:
+        by_layer.setdefault(row["layer"], []).append(np.nan if row[column] is None else row[column])
+    mean = np.array([np.mean(values) for values in by_layer.values()])
+    spread = np.array([np.std(values) for values in by_layer.values()])
+    (line,) = axis.plot(list(by_layer), mean, **style)
+    if max(map(len, by_layer.values())) > 1:
+        axis.fill_between(list(by_layer), mean - spread, mean + spread, alpha=0.2, linewidth=0,
+                          color=line.get_color())
+    return mean
+
+
 def draw_layers(path: Path, layers: list[dict]) -> None:
     """Probe accuracy, reconstruction error and active latents by layer, and the three together."""
-    depth, accuracy, nmse, l0 = ([row[name] for row in layers]
-                                 for name in ("layer", "probe_top1", "nmse", "l0"))
     figure, ((probe, error), (active, both)) = plt.subplots(2, 2, figsize=(8, 6.4))
-    probe.plot(depth, accuracy, color=BLUE, marker="o")
+    accuracy = _line(probe, layers, "probe_top1", color=BLUE, marker="o")
     _panel(probe, "Linear probe", "top-1 accuracy", ylim=(0, 1))
-    error.plot(depth, nmse, color=ORANGE, marker="s", label="NMSE")
-    error.plot(depth, [row["fvu"] for row in layers], color=BLUE, marker="o", label="FVU")
+    nmse = _line(error, layers, "nmse", color=ORANGE, marker="s", label="NMSE")
+    _line(error, layers, "fvu", color=BLUE, marker="o", label="FVU")
     _panel(error, "SAE reconstruction error", "share left", yscale="log")
     error.legend()
-    active.plot(depth, l0, color=BLUE, marker="o")
+    l0 = _line(active, layers, "l0", color=BLUE, marker="o")
     _panel(active, "Active latents", "L0, mean per image", ylim=(0, None))
-    area = 20 + 180 * np.array(l0) / max(max(l0), 1e-9)
+    area, depth = 20 + 180 * l0 / max(l0.max(), 1e-9), sorted({row["layer"] for row in layers})
     points = both.scatter(accuracy, nmse, c=depth, cmap="viridis", s=area)
     both.set(title="The two together (area: L0)", xlabel="probe accuracy", ylabel="NMSE",
              yscale="log")
@@ -60,13 +72,13 @@ def draw_hierarchy(path: Path, hierarchy: list[dict], possible: int) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(8, 6.8))
     for axis, column, title, ylabel in [
         (axes[0, 0], "lch_height_pairwise", "LCH height, pairwise", "edges above the classes"),
-        (axes[0, 1], "match", "Hypernym match", "mean best Jaccard"),
+        (axes[0, 1], "iou", "Hypernym IoU", "mean over hypernyms"),
         (axes[1, 0], "hypernyms_lch", "Hypernyms that are an LCH", f"of {possible}"),
-        (axes[1, 1], "hypernyms_matched", "Hypernyms matched", f"of {possible}, Jaccard > 0.5"),
+        (axes[1, 1], "hypernyms_matched", "Hypernyms matched", f"of {possible}"),
     ]:
         for key, style in STYLES.items():
             rows = [row for row in hierarchy if (row["dictionary"], row["labels"]) == key]
-            axis.plot([row["layer"] for row in rows], [row[column] for row in rows], **style)
+            _line(axis, rows, column, **style)
         _panel(axis, title, ylabel, ylim=(0, None))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _finish(figure, path)

@@ -1,4 +1,4 @@
-"""What a run works on: all of it found, and what is wrong with it said, before anything is written."""
+"""What a run works on: all of it found, and what is wrong said, before anything is written."""
 import argparse
 import hashlib
 import os
@@ -28,7 +28,7 @@ class Job(NamedTuple):
     val: Split
     tree: Taxonomy
     layers: list[int]
-    training: Training
+    trainings: list[Training]  # one a seed, else the same
     note: str  # what was run, in a sentence
 
 
@@ -46,22 +46,26 @@ def parse_layers(text: str, depth: int) -> list[int]:
     return sorted(layers)
 
 
-def saes_name(job: Job) -> str:
-    """A short name of a run's SAEs: what one looks for first, and a hash of all settings."""
-    if job.settings.saes:
-        return "from_" + re.sub(r"[^\w.-]", "_", job.settings.saes)
-    digest = hashlib.sha256(repr(job.training).encode()).hexdigest()[:6]
-    return f"relu-{job.training.inputs}-l1_{job.training.l1:g}-seed_{job.training.seed}-{digest}"
+def saes_name(settings: argparse.Namespace, training: Training) -> str:
+    """A short name of SAEs: what one looks for first, and a hash of all settings."""
+    if settings.saes:
+        return "from_" + re.sub(r"[^\w.-]", "_", settings.saes)
+    l1 = f"-l1_{training.l1:g}" if training.activation == "relu" else ""
+    digest = hashlib.sha256(repr(training).encode()).hexdigest()[:6]
+    return f"{training.activation}{l1}-{training.inputs}-seed_{training.seed}-{digest}"
 
 
-def training_of(settings, rows: int) -> Training:
+def trainings_of(settings: argparse.Namespace, rows: int) -> list[Training]:
     batch_size = settings.batch_size or 4096
     if settings.batch_size is None:  # small data needs small batches: 1,500 steps
         while batch_size > 16 and rows * settings.epochs // batch_size < 1500:
             batch_size //= 2
-    return Training(settings.expansion, settings.l1, settings.inputs, settings.epochs,
-                    min(batch_size, rows), settings.lr, settings.seed,
-                    fast_precision(settings.device))
+    return [
+        Training(settings.expansion, settings.activation, settings.l1, settings.inputs,
+                 settings.epochs, min(batch_size, rows), settings.lr, seed,
+                 fast_precision(settings.device))
+        for seed in range(settings.seed, settings.seed + settings.seeds)
+    ]
 
 
 def prepare(settings: argparse.Namespace) -> Job:
@@ -70,8 +74,9 @@ def prepare(settings: argparse.Namespace) -> Job:
     data = data or ("imagenet" if Path("imagenet").is_dir() else None)
     if data is None and (settings.backbone or settings.hub):
         raise InputError("--backbone and --hub need images: give --data (the demo has its own ViT)")
-    if settings.push_to_hub and settings.saes:
-        raise InputError("--push-to-hub is for SAEs that this run trains: leave out --saes")
+    if settings.saes and (settings.push_to_hub or settings.seeds > 1):
+        raise InputError("--push-to-hub and --seeds are for SAEs that this run trains: leave out "
+                         "--saes")
     if settings.push_to_hub and RANK == 0 and not settings.plan:
         hub.check_token(settings.push_to_hub)
     if data is None:
@@ -94,5 +99,8 @@ def prepare(settings: argparse.Namespace) -> Job:
         raise InputError(f"--batch-size {settings.batch_size} is above {counts[0]} training images")
     model = (model or load_backbone(settings.backbone, settings.hub)).to(settings.device)
     layers = parse_layers(settings.layers, len(blocks_of(model)))
+    latents = settings.expansion * model.cls_token.shape[-1]
+    if settings.activation != "relu" and int(settings.activation[5:]) > latents:
+        raise InputError(f"--activation {settings.activation}: there are only {latents} latents")
     return Job(settings, out, model, transform, train, val, tree, layers,
-               training_of(settings, counts[0]), note)
+               trainings_of(settings, counts[0]), note)

@@ -24,16 +24,17 @@ class Part(NamedTuple):
     seconds: float | None = None  # None where it was not tried
 
 
-def plan(model, transform, train: int, val: int, layers, training: Training) -> list[Part]:
+def plan(model, transform, train: int, val: int, layers, trainings) -> list[Part]:
     """What class tokens and SAEs take, for so many images, from the sizes alone."""
-    n, L = model.cls_token.shape[-1], len(layers)
+    n, L, training = model.cls_token.shape[-1], len(layers), trainings[0]
+    saes = L * len(trainings)
     image = torch.zeros(1, 3, *transform.transforms[1].size, device=model.cls_token.device)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         class_tokens(model, image, layers)
     rows, image_flop = train + val, counter.get_total_flops()
     weights, steps = 2 * training.expansion * n * n, train // training.batch_size * training.epochs
     return [Part("class tokens", L * 2 * n * rows, rows * image_flop),
-            Part("SAEs", L * 4 * weights, L * steps * 5 * training.batch_size * weights)]
+            Part("SAEs", saes * 4 * weights, saes * steps * 5 * training.batch_size * weights)]
 
 
 def with_seconds(parts: list[Part], model, decoded, train: int, val: int, training: Training):
@@ -51,21 +52,27 @@ def with_seconds(parts: list[Part], model, decoded, train: int, val: int, traini
     # on a CPU decoding and the backbone share the cores
     an_image = (max(forward, decode / max(WORKERS, 1)) if device == "cuda"
                 else forward + decode / torch.get_num_threads())
+    times = []
+
+    def watch(step, steps, loss):
+        loss.total.item()  # waits for a GPU
+        times.append(time.perf_counter())
+
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/x.npy", np.random.randn(10 * training.batch_size, n).astype(np.float16))
-        start = time.perf_counter()
-        train_sae(ActivationBuffer(f"{folder}/x.npy", device), replace(training, epochs=1))
-        step = (time.perf_counter() - start) / 10
+        buffer = ActivationBuffer(f"{folder}/x.npy", device)
+        train_sae(buffer, replace(training, epochs=1), progress=watch)
+    step = float(np.median(np.diff(times)))
     steps = parts[1].flop / (10 * training.batch_size * training.expansion * n * n)
     found = (train + val) * an_image / WORLD, steps * step / WORLD
     return [part._replace(seconds=seconds) for part, seconds in zip(parts, found)]
 
 
-def still_to_write(parts: list[Part], out: Path, saes: Path, layers) -> int:
+def still_to_write(parts: list[Part], out: Path, saes, layers) -> int:
     """Bytes of class tokens, SAEs and results that are not there yet."""
     tokens = sum(not (out / f"tokens/val/layer_{layer:02d}.json").is_file() for layer in layers)
-    folders = sum(not (saes / f"layer_{layer:02d}").is_dir() for layer in layers)
-    share = tokens / len(layers), folders / len(layers)
+    folders = [(root / f"layer_{layer:02d}").is_dir() for root in saes for layer in layers]
+    share = tokens / len(layers), folders.count(False) / len(folders)
     return RESULT_BYTES + int(share[0] * parts[0].written + share[1] * parts[1].written)
 
 

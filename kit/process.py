@@ -1,5 +1,5 @@
-"""This process among others: torchrun's ranks, the lock on a folder, memory, the disk, and what goes
-wrong as one sentence and an exit code."""
+"""This process among others: torchrun's ranks, the lock on a folder, memory, the disk, and what
+goes wrong as one sentence and an exit code."""
 import ctypes
 import errno
 import os
@@ -40,8 +40,8 @@ def keep_freed_memory() -> None:
     which on a CPU is up to 40% of a training step."""
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
     with suppress(OSError, AttributeError):  # another system
-        for setting, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 28)):
-            ctypes.CDLL("libc.so.6").mallopt(setting, value)
+        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 28)):
+            ctypes.CDLL("libc.so.6").mallopt(name, value)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import sae as sae_module
 from dinov2_hooks import TokenFiles
 from kit.demo import SmallViT
 from kit.process import keep_freed_memory
-from metrics import profile_latents, score_hierarchy
+from metrics import iou_draws, pairwise, profile_latents, readings, relate, score_hierarchy
 from sae import (ActivationBuffer, SparseAutoencoder, Training, fast_precision, loss_of, train_sae)
 from taxonomy import Taxonomy, imagenet1k
 
@@ -208,12 +208,21 @@ def score(rounds, quick):
     batches = (pool[start % 2048 :][: min(2048, images - start)] for start in starts)
     start = time.perf_counter()
     (profile,) = profile_latents(lambda z: z, batches, [labels], 1000, k)
-    middle = time.perf_counter()
-    scores = score_hierarchy(profile, tree)
-    end = time.perf_counter()
+    times = [start, time.perf_counter()]
+    scores = score_hierarchy(profile, tree, k)
+    times.append(time.perf_counter())
+    found = readings(profile, scores, tree, k)
+    times.append(time.perf_counter())
+    iou_draws(profile, scores, tree)
+    relate(lambda z: z, lambda rows: pool[torch.as_tensor(rows) % 4096], profile, scores, tree, k)
+    times.append(time.perf_counter())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"hierarchy, {latents:,} latents, {images:,} images, 1,000 classes: profile "
-          f"{middle - start:.2f} s, scores {end - middle:.2f} s; peak memory {peak:.2f} GiB")
+    said = "profile {:.2f} s, scores {:.2f} s, {} readings {:.2f} s, IoU draws and relations {:.2f} s"
+    seconds = np.diff(times).tolist()
+    count = sum(map(len, found.values()))
+    print(f"hierarchy, {latents:,} latents, {images:,} images, 1,000 classes: "
+          + said.format(*seconds[:2], count, *seconds[2:])
+          + f"; together {sum(seconds):.2f} s, peak memory {peak:.2f} GiB")
     try:
         from nltk.corpus import wordnet
 
@@ -226,7 +235,7 @@ def score(rounds, quick):
     heights, sample = dict(zip(tree.names, tree.height)), 4 if quick else 40
     looping = time.perf_counter()
     for latent in range(sample):
-        top = profile.top_classes[latent]
+        top = profile.top_classes[latent, :k]
         lowest = [
             heights[synsets[a].lowest_common_hypernyms(synsets[b])[0].name()] if a != b else 0
             for i, a in enumerate(top) for b in top[:i]
@@ -235,8 +244,8 @@ def score(rounds, quick):
         assert abs(np.mean(lowest) - scores.height_pairwise[latent]) < 0.2
     theirs = (time.perf_counter() - looping) / sample * latents
     tree = Taxonomy.from_wnids(imagenet1k())  # fresh: nothing computed yet
-    start, top = time.perf_counter(), profile.top_classes
-    again = tree.pair_height[top[:, :, None], top[:, None, :]].sum((1, 2)) / (k * (k - 1))
+    start = time.perf_counter()
+    again = pairwise(tree, tree.height, profile.top_classes[:, :k], same=0)
     seconds = time.perf_counter() - start
     assert (again == scores.height_pairwise).all()
     print(f"  pairwise LCH heights {seconds:.3f} s; in loops over NLTK's lowest_common_hypernyms "

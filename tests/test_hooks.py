@@ -39,7 +39,7 @@ def test_hooks_are_removed_when_the_forward_pass_fails(vit):
 
 
 def test_layer_out_of_range(vit):
-    with pytest.raises(BackboneError, match="there is no layer 3: the backbone has 0 to 2"):
+    with pytest.raises(BackboneError, match="no layer 3: the backbone has 0 to 2"):
         class_tokens(vit, torch.randn(1, 3, 16, 16), [0, 3])
 
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (Profile, agreement_trend, best_latents, consistency, hypernym_rows,
-                     linear_probe, neurons, profile_latents, rising_trend, score_hierarchy)
+import metrics
+from kit.claims import agreement_trend, rising_trend
+from metrics import (Profile, best_latents, consistency, hypernym_rows, iou_draws, linear_probe,
+                     longest_chain, profile_latents, readings, relate, score_hierarchy,
+                     sparse_units)
 from taxonomy import Synset, Taxonomy, imagenet1k
 
 
@@ -42,28 +45,43 @@ def test_reconstruction_closed_forms():
 
 def test_profile_against_brute_force():
     rng = np.random.default_rng(0)
-    images, latents, classes, k = 230, 17, 7, 6
+    images, latents, classes = 230, 17, 7
     z = rng.normal(size=(images, latents)) - rng.normal(size=latents)
     z = np.maximum(z, 0).astype(np.float32)
     labels, shuffled = rng.integers(0, classes, (2, images))
-    for batch_size in (1, 4, 50, 1000):
+    for batch_size, k in ((1, 6), (4, 40), (50, 6), (1000, 6)):
         batches = torch.from_numpy(z).split(batch_size)
         profiles = profile_latents(lambda x: x, batches, [labels, shuffled], classes, k)
         for profile, of_images in zip(profiles, (labels, shuffled)):
             for latent in range(latents):
-                assert profile.fires[latent] == sum(z[:, latent] > 0)
+                fires = z[:, latent] > 0
+                assert profile.fires[latent] == sum(fires)
                 top = profile.top_images[latent]
-                if profile.fires[latent] >= k:
-                    assert top.tolist() == sorted(range(images), key=lambda i: -z[i, latent])[:k]
+                assert len(top) == max(k, metrics.TOP)
+                if profile.fires[latent] >= len(top):
+                    best = sorted(range(images), key=lambda i: -z[i, latent])
+                    assert top.tolist() == best[: len(top)]
                 assert profile.top_classes[latent].tolist() == [of_images[i] for i in top]
                 for c in range(classes):
-                    rate = np.mean([z[i, latent] > 0 for i in range(images) if of_images[i] == c])
-                    assert profile.rate[latent, c] == pytest.approx(rate)
+                    members = np.flatnonzero(of_images == c)
+                    assert profile.counts[latent, c].tolist() == [
+                        fires[members[half::2]].sum() for half in (0, 1)]
+                    assert profile.rate[latent, c] == pytest.approx(fires[members].mean())
+                    assert profile.images[c].tolist() == [len(members[0::2]), len(members[1::2])]
 
 
-def test_neurons_are_centred_coordinates_and_their_negatives():
-    encode = neurons(torch.tensor([1.0, 2.0]))
-    assert encode(torch.tensor([[3.0, -1.0]])).tolist() == [[2, 0, 0, 3]]
+def test_sparse_units_fire_as_often_as_asked():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2000, 6, generator=generator) * 3 + 10
+    directions = torch.randn(700, 6, generator=generator)
+    for share in (0, 0.05, 0.5, 1):
+        encode = sparse_units(directions, tokens, tokens.mean(0), share)
+        fires = (encode(tokens) > 0).float().mean(0)
+        assert fires.shape == (700,) and (fires - share).abs().max() < 0.002
+    # for the largest projections, not for any
+    largest = ((tokens - tokens.mean(0)) @ directions[0]).topk(100).indices
+    encode = sparse_units(directions, tokens, tokens.mean(0), 0.05)
+    assert set((encode(tokens)[:, 0] > 0).nonzero().flatten().tolist()) == set(largest.tolist())
 
 
 @pytest.fixture
@@ -81,7 +99,9 @@ def hand_made(tree, top, rate):
     for name, value in rate.items():
         rates[0, index[name]] = value
     classes = np.array([[index[name] for name in top]])
-    return Profile(np.zeros_like(classes), classes, np.array([99]), rates, None)
+    counts = 100 * np.stack([rates, rates], 2)  # of 200 images of each class
+    images = np.full((len(index), 2), 100, np.float32)
+    return Profile(np.zeros_like(classes), classes, np.array([99]), counts, images, None)
 
 
 @pytest.mark.parametrize(
@@ -102,55 +122,230 @@ def hand_made(tree, top, rate):
     ],
 )
 def test_scores_by_hand(small_tree, top, rate, lch, height, pairwise, coverage, match, match_node):
-    scores = score_hierarchy(hand_made(small_tree, top, rate), small_tree)
+    scores = score_hierarchy(hand_made(small_tree, top, rate), small_tree, k=4)
     assert small_tree.wnids[scores.lch[0]] == lch and scores.height[0] == height
     assert scores.height_pairwise[0] == pytest.approx(pairwise)
     assert scores.coverage[0] == pytest.approx(coverage) and scores.match[0] == pytest.approx(match)
-    if match_node:
-        assert small_tree.wnids[scores.match_node[0]] == match_node
+    by_name = dict(zip((small_tree.wnids[v] for v in scores.hypernyms), scores.hypernym_match))
+    assert by_name.get(match_node, match) == pytest.approx(match)
     assert {small_tree.wnids[v] for v in scores.hypernyms} == {"animal", "dog", "cat", "thing"}  # not the root: all 8
     found = {small_tree.wnids[v] for v, found in zip(scores.hypernyms, scores.hypernym_lch) if found}
     assert found == ({lch} if lch in ("animal", "dog", "cat", "thing") else set())
 
 
-def test_at_exactly_one_half_a_hypernym_is_not_matched(small_tree):
-    summary = score_hierarchy(hand_made(small_tree, ["d1"] * 4, {"d1": 1}), small_tree).summary()
-    assert summary["match"] == 1 and summary["hypernyms_matched"] == 0  # d1 is half of dog
-    summary = score_hierarchy(hand_made(small_tree, ["d1"] * 4, {"d1": 1, "d2": 1, "c1": 1}), small_tree).summary()
-    assert summary["hypernyms_matched"] == 2  # animal by 3/4, dog by 2/3
+def test_matched_needs_both_responses_and_top_images(small_tree):
+    def matched(top, rate):
+        profile = hand_made(small_tree, top, rate)
+        scores = score_hierarchy(profile, small_tree, k=4)
+        best = best_latents(scores, profile, small_tree, 4)
+        found = {small_tree.wnids[v] for v, match in zip(scores.hypernyms, scores.hypernym_match)
+                 if match > 0.5}
+        assert found == {wnid for wnid, one in best.items() if one["match"] > 0.5}
+        return found
+
+    assert matched(["d1"] * 4, {"d1": 1}) == set()  # d1 is half of dog: Jaccard 0.5
+    three = {"d1": 1, "d2": 1, "c1": 1}
+    assert matched(["d1"] * 4, three) == {"animal", "dog"}  # Jaccard 3/4 and 2/3
+    assert matched(["c1"] * 4, three) == {"animal"}  # it does not show a dog
+    assert matched(["d1", "d1", "t1", "t1"], three) == set()  # half of what it shows is not more
+    assert matched(["d1", "d1", "c1", "t1"], three) == {"animal"}
 
 
 def test_a_latent_that_fires_on_fewer_than_k_images_is_not_alive(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "d1", "d2"], {"d1": 1, "d2": 1})
-    assert score_hierarchy(profile._replace(fires=np.array([4])), small_tree).summary()["alive"] == 1
-    summary = score_hierarchy(profile._replace(fires=np.array([3])), small_tree).summary()
-    assert summary["alive"] == summary["hypernyms_lch"] == summary["hypernyms_matched"] == 0
+    for fires, alive in ((4, 1), (3, 0)):
+        scores = score_hierarchy(profile._replace(fires=np.array([fires])), small_tree, k=4)
+        assert scores.summary()["alive"] == alive
+    summary = scores.summary()
+    assert summary["hypernyms_lch"] == summary["hypernyms_matched"] == 0
     assert math.isnan(summary["match"])
+
+
+def planted(tree, images_of_class=8, seed=0):
+    """One latent for every hypernym, firing on its images and no others; labels, (N, H)."""
+    labels = np.random.default_rng(seed).permutation(np.arange(len(tree.classes)).repeat(images_of_class))
+    return labels, torch.from_numpy(tree.leaves[tree.hypernyms][:, labels].T.astype(np.float32))
 
 
 def test_planted_latents_recover_every_hypernym_of_imagenet():
     tree = Taxonomy.from_wnids(imagenet1k())
-    labels = np.random.default_rng(0).permutation(np.arange(1000).repeat(8))
-    planted = tree.leaves[tree.hypernyms][:, labels].T.astype(np.float32)  # (N, H): one latent per hypernym
-    profile, shuffled = profile_latents(
-        lambda x: x, torch.from_numpy(planted).split(500), [labels, np.random.default_rng(1).permutation(labels)], 1000, k=16
-    )
+    labels, z = planted(tree)
+    shuffled = np.random.default_rng(1).permutation(labels)
+    profile, by_chance = profile_latents(lambda x: x, z.split(500), [labels, shuffled], 1000)
     scores = score_hierarchy(profile, tree)
-    assert (scores.match == 1).all() and (scores.match_node == tree.hypernyms).all()
-    assert (scores.hypernym_match == 1).all()
-    assert scores.summary()["hypernyms_matched"] == len(scores.hypernyms) == (tree.leaves[tree.hypernyms].sum(1) <= 500).sum()
+    assert (scores.match == 1).all()
+    assert (scores.hypernym_match == 1).all() and (scores.hypernym_iou == 1).all()
+    half = tree.leaves[tree.hypernyms].sum(1) <= 500
+    assert scores.summary()["hypernyms_matched"] == len(scores.hypernyms) == half.sum()
     assert (scores.hypernyms == tree.hypernyms[scores.hypernym_latent]).all()
-    for latent in range(0, len(planted[0]), 37):  # the LCH of top images is at or below the planted node
+    assert (scores.hypernyms == tree.hypernyms[scores.iou_latent]).all()
+    draws = iou_draws(profile, scores, tree, draws=20)
+    assert draws.shape == (20,) and draws == pytest.approx(1)
+    for latent in range(0, z.shape[1], 37):  # the LCH of top images is at or below the node
         assert not (tree.leaves[scores.lch[latent]] & ~tree.leaves[tree.hypernyms[latent]]).any()
-    assert score_hierarchy(shuffled, tree).summary()["hypernyms_matched"] < 10  # of only the largest, by chance
+    chance = score_hierarchy(by_chance, tree)
+    assert chance.summary()["hypernyms_matched"] < 10  # of only the largest
+    # a latent that fires on a share p of the images, whatever they are: both / (p + q - both), of
+    # an hypernym with a share q; that the best of all is chosen on the other half gains nothing
+    q = tree.leaves[chance.hypernyms].sum(1) / 1000
+    p = z.mean(0).numpy()[chance.iou_latent]
+    expected = p * q / (p + q - p * q)
+    assert abs(chance.hypernym_iou.mean() - expected.mean()) < 0.01
+
+
+def random_profile(seed, latents=30):
+    """Few classes, and latents with a taste for some of them."""
+    tree = Taxonomy.from_wnids(imagenet1k()[:400:20])
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 20, 300)
+    taste = rng.random((latents, 20)) ** 3
+    z = np.maximum(rng.random((300, latents)) - 1 + 1.3 * taste.T[labels], 0).astype(np.float32)
+    (profile,) = profile_latents(lambda x: x, torch.from_numpy(z).split(64), [labels], 20)
+    return tree, labels, z, profile
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_iou_and_matches_against_sets_of_images(seed):
+    tree, labels, z, profile = random_profile(seed)
+    scores = score_hierarchy(profile, tree, k=8, response_rate=0.4)
+    halves = [set(), set()]
+    for c in range(20):
+        for i, image in enumerate(np.flatnonzero(labels == c)):
+            halves[i % 2].add(int(image))
+    fires = [set(np.flatnonzero(z[:, i] > 0).tolist()) for i in range(z.shape[1])]
+    for v, iou, match, latent in zip(scores.hypernyms, scores.hypernym_iou, scores.hypernym_match,
+                                     scores.hypernym_latent):
+        under = {i for i in range(300) if tree.leaves[v, labels[i]]}
+        ious = [[len(fires[i] & under & half) / len((fires[i] | under) & half)
+                 for i in range(z.shape[1])] for half in halves]
+        assert iou == pytest.approx(ious[1][int(np.argmax(ious[0]))])
+        jaccards = {}
+        for i in scores.latents:
+            responds = {c for c in range(20) if profile.rate[i, c] >= 0.4}
+            classes = set(np.flatnonzero(tree.leaves[v]).tolist())
+            if sum(tree.leaves[v, c] for c in profile.top_classes[i, :8]) > 4:
+                jaccards[i] = len(responds & classes) / len(responds | classes)
+        assert match == pytest.approx(max(jaccards.values(), default=0))
+        assert latent == -1 if match == 0 else jaccards[latent] == pytest.approx(match)
+    nodes = {tree.lowest[v] for v in scores.lch}
+    assert scores.ontology_covered == len(nodes) / len(set(tree.lowest))
+
+
+def test_iou_draws_are_a_bootstrap_over_classes():
+    tree, labels, z, profile = random_profile(0)
+    scores = score_hierarchy(profile, tree)
+    draws = iou_draws(profile, scores, tree, draws=3000)
+    assert abs(np.nanmean(draws) - scores.hypernym_iou.mean()) < 0.05 and np.nanstd(draws) > 0.01
+    assert (draws == iou_draws(profile, scores, tree, draws=3000)).all()
+    weights = np.random.default_rng(0).multinomial(20, np.ones(20) / 20, 3000)[7]  # by hand
+    ious = []
+    for v, latent in zip(scores.hypernyms, scores.iou_latent):
+        both = sum(w * profile.counts[latent, c, 1] for c, w in enumerate(weights) if tree.leaves[v, c])
+        fires = sum(w * profile.counts[latent, c, 1] for c, w in enumerate(weights))
+        under = sum(w * profile.images[c, 1] for c, w in enumerate(weights) if tree.leaves[v, c])
+        ious += [both / (fires + under - both)] if under else []
+    assert draws[7] == pytest.approx(np.mean(ious), rel=1e-5)
+
+
+def test_relations_on_a_planted_chain_and_on_planted_absorption():
+    tree = Taxonomy.from_wnids(imagenet1k()[150:270])  # dogs
+    labels, z = planted(tree, 16)
+    sizes = tree.leaves[tree.hypernyms].sum(1)
+
+    def relations(z):
+        profile = profile_latents(lambda x: x, z.split(100), [labels], len(tree.classes))[0]
+        scores = score_hierarchy(profile, tree)
+        return relate(lambda x: x, lambda rows: z[torch.as_tensor(rows)], profile, scores, tree), scores
+
+    (row, chain), scores = relations(z)
+    assert row.related == row.auc == 1 and row.absorption == row.unrelated == 0
+    assert row.p_value < 0.01 and row.related_pairs > 20 and row.unrelated_pairs > 20
+    nodes = [scores.hypernyms[v] for v, _ in chain]
+    assert len(nodes) >= 3 and chain[0][1] is None and all(share == 1 for _, share in chain[1:])
+    for u, v in zip(nodes, nodes[1:]):
+        assert not (tree.leaves[v] & ~tree.leaves[u]).any() and tree.leaves[u].sum() > tree.leaves[v].sum()
+    # every latent of more than six classes is silent on every fourth image of a class
+    silent = (metrics.every_other(labels) == 0) & (metrics.every_other(labels * 2 + metrics.every_other(
+        labels)) == 0)
+    general = torch.from_numpy(sizes > 6)
+    z = torch.where(torch.from_numpy(silent)[:, None] & general, 0, z)
+    (row, _), scores = relations(z)
+    found = {tree.hypernyms[i]: i for i in range(len(sizes))}
+    expected = []
+    for u in scores.hypernyms:
+        for v in scores.hypernyms:
+            if u != v and not (tree.leaves[v] & ~tree.leaves[u]).any():
+                latent = found[v]
+                images = np.argsort(-z[:, latent].numpy(), kind="stable")
+                top = profile_top(z, latent, images)
+                expected.append(float((z[top, found[u]] > 0).float().mean()))
+    assert 0 < row.absorption < 1 and row.absorption == pytest.approx(1 - np.mean(expected), abs=0.06)
+
+
+def profile_top(z, latent, images):
+    """All images on which it fires, of which any 16 may be its top images, as z is 0 or 1."""
+    return torch.as_tensor(images[: int((z[:, latent] > 0).sum())].copy())
+
+
+def test_no_relations_where_nothing_is_matched():
+    tree, labels, z, _ = random_profile(0)
+    shuffled = np.random.default_rng(0).permutation(labels)
+    profile = profile_latents(lambda x: x, torch.from_numpy(z).split(64), [shuffled], 20)[0]
+    scores = score_hierarchy(profile, tree, response_rate=0.99)
+    row, chain = relate(lambda x: x, lambda rows: torch.from_numpy(z[rows]), profile, scores, tree)
+    assert row.related_pairs == row.unrelated_pairs == 0 and chain == []
+    assert math.isnan(row.auc) and math.isnan(row.p_value)
+
+
+def test_longest_chain():
+    above = np.zeros((6, 6), bool)
+    for u, v in [(0, 2), (0, 3), (2, 4), (3, 5), (0, 4), (4, 5)]:
+        above[u, v] = True
+    assert longest_chain(above) == [(None, 0), (0, 2), (2, 4), (4, 5)]
+    assert longest_chain(np.zeros((0, 0), bool)) == []
+
+
+def test_readings_against_loops():
+    tree, _, _, profile = random_profile(1)
+    found = readings(profile, score_hierarchy(profile, tree), tree, 16)
+    assert len(found["height"]) == len(found["coverage"]) == 24
+    for k in (4, 16):
+        alive = np.flatnonzero(profile.fires >= k)
+        of = {name: [] for name in ("set", "pairs", "depth", "short", "any", "top")}
+        for i in alive:
+            top = profile.top_classes[i, :k]
+            members = np.zeros((1, 20))
+            members[0, top] = 1
+            lch = tree.lch(members)[0]
+            of["set"].append(tree.height[lch])
+            of["short"].append(tree.height_shortest[lch])
+            leaves = np.flatnonzero(tree.leaves[lch])
+            of["any"].append(np.mean([profile.rate[i, c] > 0 for c in leaves]))
+            of["top"].append(len(set(top)) / len(leaves))
+            pairs, depths = [], []
+            for a, b in itertools.combinations(top, 2):
+                members = np.zeros((1, 20))
+                members[0, [a, b]] = 1
+                lch = tree.lch(members)[0]
+                pairs.append(0 if a == b else tree.height[lch])
+                depths.append(-tree.depth[lch])
+            of["pairs"].append(np.mean(pairs)), of["depth"].append(np.mean(depths))
+        for claim, reading, name in [
+            ("height", "longest path, of the set", "set"), ("height", "longest path, over pairs", "pairs"),
+            ("height", "depth, over pairs", "depth"), ("height", "shortest path, of the set", "short"),
+            ("coverage", "of its LCH by a latent, R = any", "any"),
+            ("coverage", "of its LCH by a latent, R = top images", "top"),
+        ]:
+            assert found[claim][f"{reading}, k = {k}"] == pytest.approx(np.mean(of[name]))
 
 
 def test_pairwise_height_against_loops():
     tree = Taxonomy.from_wnids(imagenet1k()[::25])
     rng = np.random.default_rng(0)
     top = rng.integers(0, 40, (30, 8))
-    profile = Profile(top, top, np.full(30, 8), np.zeros((30, 40), np.float32), None)
-    scores = score_hierarchy(profile, tree)
+    counts = np.zeros((30, 40, 2), np.float32)
+    profile = Profile(top, top, np.full(30, 8), counts, counts[0] + 1, None)
+    scores = score_hierarchy(profile, tree, k=8)
     for classes, pairwise, lch in zip(top, scores.height_pairwise, scores.lch):
         heights = []
         for a, b in itertools.combinations(classes, 2):
@@ -215,7 +410,7 @@ def test_consistency_is_the_jaccard_of_what_is_matched(three_layers):
 
 def test_best_latents(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "d1", "d1"], {"d1": 1, "d2": 0.6})
-    best = best_latents(score_hierarchy(profile, small_tree), profile, small_tree)
+    best = best_latents(score_hierarchy(profile, small_tree, k=4), profile, small_tree, 4)
     assert best["dog"] == {"match": 1.0, "latent": 0, "lch": "dog", "top_images": [0, 0, 0, 0]}
     assert best["animal"]["match"] == 0.5 and "cat" not in best
 

@@ -17,8 +17,9 @@ import reproduce
 from conftest import WNIDS, refused, results, small_run, write_images
 from kit import demo, recording, report
 from kit.store import InputError
-from kit.job import parse_layers, training_of
-from reproduce import check_claims, main, parse_settings
+from kit.claims import claims_of_seed, combine, reading_rows
+from kit.job import parse_layers, trainings_of
+from reproduce import main, parse_settings
 from sae import SparseAutoencoder
 from taxonomy import Taxonomy
 from test_store import flip
@@ -35,13 +36,19 @@ def test_whole_run(data, hub, capsys):
     assert main(small_run(data, hub)) == 0
     layers, hierarchy, claims = (read_csv(name) for name in ("layers", "hierarchy", "claims"))
     assert [row["layer"] for row in layers] == ["0", "1", "2"]
-    assert list(layers[0]) == "layer width gamma probe_top1 nmse fvu l0 dead".split()
+    assert list(layers[0]) == "layer seed width gamma probe_top1 nmse fvu l0 dead".split()
     assert list(hierarchy[0]) == (
-        "layer dictionary labels alive lch_height lch_height_pairwise coverage match hypernyms_lch "
-        "hypernyms_matched").split()
+        "layer seed dictionary labels alive lch_height lch_height_pairwise coverage match iou "
+        "ontology_covered hypernyms_lch hypernyms_matched").split()
+    assert list(read_csv("relations")[0]) == (
+        "layer seed dictionary related_pairs related unrelated_pairs unrelated auc absorption "
+        "p_value").split()
+    assert list(read_csv("readings")[0]) == "claim reading seed value p_value verdict".split()
+    assert len(read_csv("readings")) == 3 * (6 + 5) + 4  # k = 4, 8, 16; of 20 images
     assert [(row["dictionary"], row["labels"]) for row in hierarchy[:4]] == [
         ("sae", "true"), ("sae", "shuffled"), ("neurons", "true"), ("untrained", "true")]
-    assert list(claims[0]) == "claim statistic value p_value verdict".split()
+    assert list(claims[0]) == (
+        "claim verdict seeds readings value spread low high p_value statistic").split()
     record = json.loads(Path("out/results/results.json").read_text())
     assert record["settings"]["backbone"] == "small_vit" and record["versions"]["torch"]
     assert record["made_from"]["precision"] == "float32"
@@ -57,7 +64,7 @@ def test_whole_run(data, hub, capsys):
 
     # the SAE's statistics are the train split's, and it takes raw tokens
     (folder,) = Path("out/saes").iterdir()
-    assert folder.name.startswith("relu-centred-l1_0.1-seed_0-")
+    assert folder.name.startswith("relu-l1_0.1-centred-seed_0-")
     sae = SparseAutoencoder.from_pretrained(folder / "layer_01")
     train, val = (np.load(f"out/tokens/{split}/layer_01.npy").astype(np.float64)
                   for split in ("train", "val"))
@@ -82,8 +89,8 @@ def test_report_is_one_safe_file(data, hub, tmp_path, monkeypatch):
     text = Path("out/results/report.html").read_text()
     assert "<b>'" not in text and "&lt;b&gt;" in text
     sources = re.findall(r"(?:src|href|url|@import)[=( ]*[\"']?([^\"' >)]*)", text)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    without = re.sub("data:image/png;base64,[^\"]*", "", text)
+    assert sources and all(re.match("data:image/(png|jpeg);base64,", one) for one in sources)
+    without = re.sub("data:image/[a-z]*;base64,[^\"]*", "", text)
     assert "<script" not in text and "http" not in without
     images = re.findall("<img [^>]*>", text)
     assert len(images) >= 4 and all(re.search('alt="[^"]{20,}"', image) for image in images)
@@ -144,7 +151,8 @@ def test_one_layer_and_two_classes(data, hub):
     assert main(small_run(data, hub, "--layers", "last")) == 0
     assert read_csv("consistency") == read_csv("hypernyms") == []
     assert [row["layer"] for row in read_csv("layers")] == ["2"]
-    assert {row["verdict"] for row in read_csv("claims")} == {"open"}
+    verdicts = {row["claim"]: row["verdict"] for row in read_csv("claims")}
+    assert {verdict for claim, verdict in verdicts.items() if "depth" in claim} == {"open"}
 
 
 def test_a_layer_without_a_living_latent_is_a_gap_and_no_error(data, hub):
@@ -152,7 +160,7 @@ def test_a_layer_without_a_living_latent_is_a_gap_and_no_error(data, hub):
     assert main(small_run(data, hub, *dead)) == 0
     rows = [row for row in read_csv("hierarchy") if row["dictionary"] == "sae"]
     assert any(row["alive"] == "0" and row["match"] == "" for row in rows)
-    (folder,) = Path("out/saes").glob("relu-raw-l1_1000-*")
+    (folder,) = Path("out/saes").glob("relu-l1_1000-raw-seed_0-*")
     assert SparseAutoencoder.from_pretrained(folder / "layer_00").shift.abs().max() == 0
     first = results()
     assert main(small_run(data, hub, *dead)) == 0 and results() == first
@@ -221,36 +229,89 @@ def test_layers_that_are_none(text):
 
 def test_fitting_batch_size():
     def batch_size(rows, epochs=50):
-        return training_of(parse_settings(["--epochs", str(epochs)]), rows).batch_size
+        return trainings_of(parse_settings(["--epochs", str(epochs)]), rows)[0].batch_size
 
     assert batch_size(1_281_167) == 4096 and batch_size(20_000) == 512 and batch_size(9) == 9
     for rows in (100, 3000, 10**5):
         assert rows * 50 // batch_size(rows) >= 1500 or batch_size(rows) == 16
-    assert training_of(parse_settings(["--batch-size", "77"]), 100).batch_size == 77
+    given = parse_settings(["--batch-size", "77", "--seed", "5", "--seeds", "3"])
+    assert [(one.batch_size, one.seed) for one in trainings_of(given, 100)] == [
+        (77, 5), (77, 6), (77, 7)]
+
+
+def records_of(depth, slope, rng=None):
+    """What stage 3 keeps of layers in which all that should rise rises, and all else falls."""
+    noise = (lambda: rng.normal() * 100) if rng else (lambda: 0)
+    return [
+        {"layers": {"layer": i, "probe_top1": 0.1 * slope * i + noise(), "nmse": 0.1, "l0": -slope * i},
+         "hierarchy": [
+             {"dictionary": name, "labels": labels, "lch_height_pairwise": 5 - slope * i * on,
+              "coverage": slope * i * on, "hypernyms_lch": slope * i * on, "iou": 0.3 * on,
+              "hypernyms_matched": slope * i * on}
+             for name, labels, on in (("sae", "true", 1), ("sae", "shuffled", 0),
+                                      ("neurons", "true", 0), ("untrained", "true", 1))],
+         "hypernyms": {str(n): {"match": 0.9} for n in range(i, i + depth)},
+         "relations": [{"dictionary": "sae", "layer": i, "related": 0.6, "unrelated": 0.1,
+                        "p_value": 0.01 if slope > 0 else 0.99}],
+         "iou_draws": {"sae": [0.3, 0.4], "neurons": [0.1, 0.1], "untrained": [0.2, 0.5]},
+         "readings": {"height": {"a": 5 - slope * i, "b": 1.0}, "coverage": {"c": slope * i}}}
+        for i in range(depth)
+    ]
 
 
 def test_verdicts_follow_from_the_numbers():
-    def claims(depth, slope):
-        layers = [{"layer": i, "probe_top1": 0.1 * slope * i, "nmse": 0.1, "l0": -slope * i}
-                  for i in range(depth)]
-        rows = [
-            {"dictionary": "sae", "labels": labels, "lch_height_pairwise": 5 - slope * i * on,
-             "hypernyms_lch": slope * i * on, "hypernyms_matched": slope * i * on}
-            for i in range(depth) for labels, on in (("true", 1), ("shuffled", 0))
-        ]
-        steps = np.arange(depth)
-        agreement = 1 - 0.1 * slope * np.abs(np.subtract.outer(steps, steps))
+    def results(depth, slope):
         emerged = [{"height": 20 - i, "emergence_layer": slope * i} for i in range(depth)]
         emerged.append({"height": 0, "emergence_layer": None})
-        return check_claims(layers, rows, agreement, emerged)
+        return claims_of_seed(records_of(depth, slope), emerged)
 
     def verdicts(*of):
-        return [row["verdict"] for row in claims(*of)]
+        return [row["verdict"] for row in results(*of)]
 
-    assert verdicts(7, 1) == ["holds", "open", "contradicted"] + ["holds"] * 8
-    assert claims(6, 1)[0]["p_value"] == pytest.approx(1 / 720)
-    assert verdicts(7, -1) == ["contradicted", "open", "holds"] + ["contradicted"] * 8
-    assert set(verdicts(3, 1)) == {"open"}  # too few layers to tell
+    iou = ["holds", "holds", "open", "open"]
+    assert verdicts(7, 1) == (
+        ["holds", "open", "contradicted"] + ["holds"] * 9 + ["no test", "holds"] + iou)
+    assert results(6, 1)[0]["p_value"] == pytest.approx(1 / 720)
+    assert [row["value"] for row in results(6, 1)[-5:]] == pytest.approx([0.5, 0.3, 0.3, 0, 0])
+    assert verdicts(7, -1) == (["contradicted", "open", "holds"] + ["contradicted"] * 8
+                               + ["holds", "no test", "contradicted"] + iou)
+    assert set(verdicts(3, 1)[:12]) == {"open"}  # too few layers to tell
+
+
+def test_what_holds_holds_in_every_seed_and_reading():
+    seeds = [records_of(7, 1), records_of(7, 1), records_of(7, 1, np.random.default_rng(3))]
+    reads = [row for seed, records in enumerate(seeds) for row in reading_rows(records, seed)]
+    rows = combine([claims_of_seed(records, []) for records in seeds], reads)
+    first, height = rows[0], rows[3]
+    assert (first["verdict"], first["seeds"], first["readings"]) == ("open", "2/3", None)
+    assert first["spread"] > 0 and first["p_value"] > 0.05
+    assert (height["verdict"], height["seeds"], height["readings"]) == ("holds", "3/3", "1/2")
+    assert rows[5]["claim"] == "Ontological Coverage grows" and rows[5]["readings"] == "1/1"
+
+
+def test_seeds_and_their_spread(data, hub):
+    assert main(small_run(data, hub, "--seeds", "2", "--seed", "4")) == 0
+    assert [row["layer"] + row["seed"] for row in read_csv("layers")] == "04 05 14 15 24 25".split()
+    both = [float(row["fvu"]) for row in read_csv("layers") if row["layer"] == "1"]
+    table = Path("out/results/tables.md").read_text()
+    assert f"{np.mean(both):.3g} ± {np.std(both):.3g}" in table
+    assert all(row["seeds"] in ("0/2", "1/2", "2/2", "") for row in read_csv("claims"))
+    second = [row for row in read_csv("hierarchy") if row["seed"] == "5"]
+    assert main(small_run(data, hub, "--seed", "5")) == 0  # is the second of the two
+    assert read_csv("hierarchy") == second
+
+
+def test_top_k_activation(data, hub):
+    assert main(small_run(data, hub, "--activation", "topk-3", "--layers", "1")) == 0
+    (folder,) = Path("out/saes").glob("topk-3-centred-seed_0-*")
+    sae = SparseAutoencoder.from_pretrained(folder / "layer_01")
+    x = torch.from_numpy(np.load("out/tokens/val/layer_01.npy")).float()
+    assert sae.top_k == 3 and (sae.encode(x) > 0).sum(1).max() <= 3
+    assert float(read_csv("layers")[0]["l0"]) <= 3
+    first = read_csv("hierarchy")
+    assert main(small_run(data, hub, "--layers", "1", "--out", "scored", "--saes", folder)) == 0
+    os.rename("out", "trained"), os.rename("scored", "out")
+    assert read_csv("hierarchy") == first
 
 
 def test_named_latents_are_of_all_heights_and_each_once():
@@ -258,8 +319,10 @@ def test_named_latents_are_of_all_heights_and_each_once():
              "best_layer": 3, "best_latent": latent}
             for i, (height, match, layer, latent) in enumerate([
                 (5, 0.6, 1, 7), (5, 0.9, 1, 8), (2, 0.8, 2, 8), (2, 0.7, 0, 9), (1, 0.4, None, 1)])]
-    assert [row["wnid"] for row in report.named_latents(rows)] == ["1", "0", "3"]  # each once
-    assert [row["wnid"] for row in report.named_latents(rows, 2)] == ["1", "0"]
+    records = {3: {"hypernyms": {str(i): {"top_images": [i]} for i in range(5)}}}
+    named = report.named_latents(rows, records)
+    assert [(row["wnid"], row["top_images"]) for row in named] == [("1", [1]), ("0", [0]), ("3", [3])]
+    assert [row["wnid"] for row in report.named_latents(rows, records, 2)] == ["1", "0"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -456,6 +519,9 @@ def test_a_run_writes_nowhere_else(data, hub, tmp_path):
     (["--seed", str(10**30)], ["--seed"]),
     (["--layers", "first"], ["--layers first", "0-11"]),
     (["--inputs", "white"], ["--inputs", "centred"]),
+    (["--activation", "gelu"], ["--activation gelu: give relu or topk-K"]),
+    (["--activation", "topk-0"], ["--activation topk-0"]),
+    (["--seeds", "0"], ["--seeds 0"]),
     (["--backbone", "dinov2_vits14"], ["--backbone", "--data"]),
 ])
 def test_bad_settings(capsys, arguments, words):
@@ -476,6 +542,7 @@ def test_bad_choices(data, hub, capsys, monkeypatch):
         (["--batch-size", "49"], ["--batch-size 49 is above 48 training images"]),
         (["--images-per-class", "1", "--batch-size", "5"], ["--batch-size 5 is above 4"]),
         (["--expansion", str(10**9)], ["not enough disk"]),
+        (["--activation", "topk-129"], ["--activation topk-129", "128 latents"]),
         (["--hub", "nowhere"], ["nowhere is no folder with a hubconf.py"]),
         (["--hub", str(data)], ["is no folder with a hubconf.py"]),
     ]:

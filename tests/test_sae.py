@@ -96,6 +96,20 @@ def test_forward_undoes_the_normalisation():
     assert (sae(x)[1] > 0).sum(1).tolist() == [4] * 5
 
 
+def test_top_k_keeps_the_largest(buffer):
+    sae = train_sae(buffer, Training(activation="topk-5", epochs=2, batch_size=100))
+    x = torch.from_numpy(np.array(buffer.tokens[:50])).float()
+    z = sae.encode(x)
+    sae.top_k = None
+    dense = sae.encode(x)
+    assert ((z > 0).sum(1) == 5).all()
+    for kept, of in zip(z, dense):
+        assert sorted(kept[kept > 0].tolist()) == sorted(of.tolist())[-5:]
+        assert (of[kept > 0] == kept[kept > 0]).all()
+    other = train_sae(buffer, Training(activation="topk-5", epochs=2, batch_size=100, l1=7.0))
+    assert torch.equal(other.W_enc, sae.W_enc)  # λ is not used
+
+
 def test_training_finds_a_planted_dictionary(tmp_path):
     generator = torch.Generator().manual_seed(123)  # not the SAE's, or it would start at the answer
     directions = torch.randn(24, 32, generator=generator)

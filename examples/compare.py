@@ -1,0 +1,80 @@
+"""The paper's ReLU SAE at three λ beside TopK at three K: what does either hold, at what error?
+
+    python examples/compare.py --layers 1,6,11 --seeds 3 --data ... --backbone ...
+
+Takes the arguments of reproduce.py, runs it once for each SAE (in one output folder, so that class
+tokens are recorded once) and writes comparison.md and comparison.png there: mean ± standard
+deviation over seeds, each beside an untrained SAE that fires as seldom.
+"""
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import reproduce
+from kit.figures import plt
+from kit.report import markdown, mean_and_spread
+
+SAES = [("relu", "0.3"), ("relu", "0.1"), ("relu", "0.03"), ("topk-8", "0"), ("topk-16", "0"),
+        ("topk-32", "0")]
+
+
+def read(out: Path, table: str, column: str, layer: str, dictionary=None) -> np.ndarray:
+    """The values of a column, one a seed."""
+    with open(out / f"results/{table}.csv", newline="") as file:
+        return np.array([float(row[column] or "nan") for row in csv.DictReader(file)
+                         if row["layer"] == layer and row.get("labels", "true") == "true"
+                         and row.get("dictionary") == dictionary])
+
+
+def main(arguments: list[str]) -> int:
+    out = Path(reproduce.parse_settings(arguments).out or "runs/comparison")
+    rows, points = [], {}
+    for activation, l1 in SAES:
+        code = reproduce.main([*arguments, "--out", str(out), "--activation", activation, "--l1", l1])
+        if code:
+            return code
+        name = f"ReLU, λ = {l1}" if activation == "relu" else f"TopK, K = {activation[5:]}"
+        with open(out / "results/layers.csv", newline="") as file:
+            layers = list(dict.fromkeys(row["layer"] for row in csv.DictReader(file)))
+        for layer in layers:
+            row = {"layer": int(layer), "SAE": name}
+            for title, table, column, dictionary in [
+                ("FVU", "layers", "fvu", None), ("L0", "layers", "l0", None),
+                ("dead", "layers", "dead", None),
+                ("pairwise LCH height", "hierarchy", "lch_height_pairwise", "sae"),
+                ("matched", "hierarchy", "hypernyms_matched", "sae"),
+                ("untrained: matched", "hierarchy", "hypernyms_matched", "untrained"),
+                ("IoU", "hierarchy", "iou", "sae"), ("untrained: IoU", "hierarchy", "iou", "untrained"),
+                ("neurons: IoU", "hierarchy", "iou", "neurons"),
+                ("related share", "relations", "related", "sae"),
+                ("untrained: related", "relations", "related", "untrained"),
+            ]:
+                values = read(out, table, column, layer, dictionary)
+                row[title] = mean_and_spread(values)
+                points[name, layer, title] = float(np.mean(values)), float(np.std(values))
+            rows.append(row)
+    rows.sort(key=lambda row: row["layer"])
+    (out / "comparison.md").write_text(markdown(rows) + "\n")
+    figure, axes = plt.subplots(2, len(layers), figsize=(4 * len(layers), 6.4), squeeze=False)
+    for i, layer in enumerate(layers):
+        for axis, title in zip(axes[:, i], ("matched", "IoU")):
+            for kind, colour in (("ReLU", "#0072B2"), ("TopK", "#D55E00")):
+                names = [name for name in dict.fromkeys(key[0] for key in points) if kind in name]
+                x = [points[name, layer, "FVU"][0] for name in names]
+                for whose, style in ((title, "-o"), (f"untrained: {title}", ":^")):
+                    y, spread = zip(*(points[name, layer, whose] for name in names))
+                    axis.errorbar(x, y, spread, fmt=style, color=colour, capsize=2,
+                                  label=kind + (", untrained" if ":" in style else ""))
+            axis.set(xlabel="FVU", ylabel=f"hypernyms {title}" if title == "matched" else "IoU",
+                     title=f"layer {layer}", ylim=(0, None))
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(out / "comparison.png", dpi=130)
+    print(f"\n{markdown(rows)}\n\n{out / 'comparison.md'}, {out / 'comparison.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
