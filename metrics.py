@@ -140,6 +140,7 @@ class Scores(NamedTuple):
         return {
             "alive": len(self.latents),
             **{name: float(x.mean()) if len(x) else float("nan") for name, x in means.items()},
+            "iou_best": float(self.hypernym_iou.max(initial=0)),
             "ontology_covered": self.ontology_covered,
             "hypernyms_lch": int(self.hypernym_lch.sum()),
             "hypernyms_matched": int((self.hypernym_match > 0.5).sum()),

@@ -39,7 +39,7 @@ def test_whole_run(data, hub, capsys):
     assert list(layers[0]) == "layer seed width gamma probe_top1 nmse fvu l0 dead".split()
     assert list(hierarchy[0]) == (
         "layer seed dictionary labels alive lch_height lch_height_pairwise coverage match iou "
-        "ontology_covered hypernyms_lch hypernyms_matched").split()
+        "iou_best ontology_covered hypernyms_lch hypernyms_matched").split()
     assert list(read_csv("relations")[0]) == (
         "layer seed dictionary related_pairs related unrelated_pairs unrelated auc absorption "
         "p_value").split()
