@@ -7,7 +7,7 @@
 
 Layer N is the output of blocks.N, counted from 0, before the final norm: to the bit DINOv2's own
 `get_intermediate_layers(images, n=[N], return_class_token=True, norm=False)`. The same code serves
-DINOv2 (with and without registers), DINO v1 and timm's ViTs: their class token is token 0.
+DINOv2 (with and without registers), DINOv3, DINO v1 and timm's ViTs: their class token is token 0.
 """
 import hashlib
 import os
@@ -46,9 +46,10 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, device="cpu", **options) -> nn.
         repo, where = hub, {"source": "github", "skip_validation": True, "trust_repo": True}
     else:
         raise BackboneError(f"{hub} is no folder with a hubconf.py, and no owner/name:commit")
+    os.environ["XFORMERS_DISABLED"] = "1"  # of DINOv2's code: other kernels, and so other tokens
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="xFormers")  # that DINOv2 does without it
+            warnings.filterwarnings("ignore", message="xFormers")  # that it does without
             model = torch.hub.load(repo, name, verbose=False, **where, **options)
     except OSError as error:  # URLError and HTTPError among them
         raise BackboneError(
@@ -58,8 +59,9 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, device="cpu", **options) -> nn.
         raise BackboneError(f"{hub} needs a package: pip install {error.name}") from error
     except (Exception, SystemExit) as error:  # the repository's own code, which may raise anything
         raise BackboneError(f"{hub}: {name} failed with {type(error).__name__}: {error}") from error
-    if not len(getattr(model, "blocks", ())) or not hasattr(model, "cls_token"):
-        raise BackboneError(f"{name} is no vision transformer: it needs .blocks and .cls_token")
+    if not len(getattr(model, "blocks", ())) or getattr(model, "cls_token", None) is None:
+        raise BackboneError(f"{name} is no vision transformer with a class token: it needs .blocks "
+                            "and .cls_token")
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -86,6 +88,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for chunk in chunks for block in chunk if not isinstance(block, nn.Identity)]
 
 
+def class_token_of(output) -> torch.Tensor:
+    """A block's output (B, 1+R+P, n), or a list that begins with it as in DINOv3, -> (B, n)"""
+    return (output[0] if isinstance(output, (list, tuple)) else output)[:, 0]
+
+
 def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor:
     """images (B, 3, H, W) -> the class token after each asked-for block, (L, B, n), in one pass.
 
@@ -98,14 +105,14 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor
     tokens = images.new_empty(len(layers), len(images), model.cls_token.shape[-1])
 
     def keep(place, block, inputs, output):
-        tokens[place] = output[:, 0]  # copied: a view would keep the whole (B, 1+R+P, n) alive
+        tokens[place] = class_token_of(output)  # copied: a view would keep all of it alive
 
     handles = [blocks[n].register_forward_hook(partial(keep, i)) for i, n in enumerate(layers)]
     try:
         model(images)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise  # which may be of an earlier operation
         size = " x ".join(map(str, images.shape[1:]))
         raise BackboneError(f"the backbone fails on images of {size} ({error})") from error
     finally:
@@ -209,7 +216,7 @@ def relevancy_maps(model: nn.Module, images: torch.Tensor, layer: int, score) ->
     tokens = []
 
     def stop(block, inputs, output):
-        tokens.append(output[:, 0])
+        tokens.append(class_token_of(output))
         raise _Reached
 
     handle = blocks_of(model)[layer].register_forward_hook(stop)

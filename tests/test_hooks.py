@@ -136,7 +136,7 @@ def test_load_backbone_from_a_local_folder(hub):
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     for name, message in [
         ("dinov2_vitx14", "Cannot find callable dinov2_vitx14"),
-        ("no_vit", "is no vision transformer"),
+        ("no_vit", "is no vision transformer with a class token"),
         ("needs_package", "pip install a_package_that_is_missing"),
     ]:
         with pytest.raises(BackboneError, match=message):
@@ -211,6 +211,49 @@ def test_explicit_attention_on_attention_returned_beside_the_output(vit):
         block.attn, block.forward = Beside(block.attn), lambda x, b=block: (y := x + b.attn(b.norm1(x))[0]) + b.mlp(b.norm2(y))
     check_explicit_attention(vit.requires_grad_(False), images, (4, 4))
     torch.testing.assert_close(relevancy_maps(vit, images, 2, lambda x: x[:, 0]), plain)
+
+
+def test_blocks_that_hand_on_lists(vit):  # as DINOv3's
+    class Listed(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.attn = block, block.attn
+
+        def forward(self, x):
+            return [self.block(x[0] if isinstance(x, list) else x)]
+
+    images = torch.randn(2, 3, 16, 16)
+    tokens = class_tokens(vit, images, range(3))
+    maps = relevancy_maps(vit, images, 1, lambda x: x[:, 0])
+    vit.blocks = nn.ModuleList(Listed(block) for block in vit.blocks)
+    vit.norm = vit.head = nn.Identity()
+    vit.norm.forward = lambda x: x[0]
+    assert torch.equal(class_tokens(vit, images, range(3)), tokens)
+    assert torch.equal(relevancy_maps(vit, images, 1, lambda x: x[:, 0]), maps)
+
+
+def test_an_error_of_the_gpu_is_not_the_images(vit):
+    def fail(images):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    vit.forward = fail
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        class_tokens(vit, torch.randn(1, 3, 16, 16), [0])
+
+
+def test_timms_models_of_many_kinds():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    for name in ("vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "deit3_small_patch16_224"):
+        model = timm.create_model(name, pretrained=False, num_classes=0, img_size=112)
+        model = model.eval().requires_grad_(False)
+        images = torch.randn(1, 3, 112, 112)
+        with torch.inference_mode():
+            theirs = model.forward_intermediates(images, return_prefix_tokens=True, norm=False,
+                                                 intermediates_only=True)
+            theirs = torch.stack([prefix[:, 0] for _, prefix in theirs])
+            assert torch.equal(class_tokens(model, images, range(len(theirs))), theirs)
+        maps = relevancy_maps(model, images, 1, lambda x: x[:, 0])
+        assert (maps >= 0).all() and maps.amax() > 0
 
 
 def test_attention_of_another_kind_is_refused(vit):
