@@ -242,7 +242,7 @@ def relate(encode, read, profile: Profile, scores: Scores, tree: Taxonomy, k=16,
     share = np.zeros((M, M))  # [u, v]
     for v in range(M):
         z = encode(read(profile.top_images[latents[v], :k]))
-        share[:, v] = (z[:, latents] > 0).double().mean(0).cpu()
+        share[:, v] = (z[:, latents] > 0).double().mean(0).cpu().numpy()
     share[latents[:, None] == latents] = np.nan  # not defined of a latent and itself
 
     def split(order):
@@ -257,7 +257,7 @@ def relate(encode, read, profile: Profile, scores: Scores, tree: Taxonomy, k=16,
         sides = [np.searchsorted(np.sort(unrelated), related, side) for side in ("left", "right")]
         auc = float(np.mean(sides) / len(unrelated))
         rng = np.random.default_rng(0)
-        others = [split(rng.permutation(M)) for _ in range(draws)]
+        others = (split(rng.permutation(M)) for _ in range(draws))
         larger = sum(a.mean() - b.mean() >= means[0] - means[1] - 1e-9
                      for a, b in others if len(a) and len(b))
         p_value = float((1 + larger) / (1 + draws))

@@ -12,6 +12,7 @@ Four stages, each of which skips what is already in the output folder:
 torchrun --nproc-per-node 8 reproduce.py ...  shares images and layers among eight GPUs.
 """
 import argparse
+import io
 import re
 import sys
 import time
@@ -329,7 +330,7 @@ def run(settings: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> int:
-    with redirect_stderr(sys.stderr if RANK == 0 else None):  # said once
+    with redirect_stderr(sys.stderr if RANK == 0 else io.StringIO()):  # said once
         settings = parse_settings(argv)
     keep_freed_memory()
     return run_as_command(run, settings, expected=(BackboneError, SAEError, TaxonomyError))

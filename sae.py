@@ -131,8 +131,8 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
 
     @classmethod
     def from_pretrained(cls, name, *, subfolder="", revision=None, **more) -> "SparseAutoencoder":
-        """An SAE ready to use, from a folder or the Hub's USER/NAME; no pickle is read. Raises
-        SAEError where there is none, and huggingface_hub's errors where that is out of reach."""
+        """An SAE ready to use, from a folder or the Hub's USER/NAME; no pickle is read.
+        Raises SAEError where there is none, and huggingface_hub's errors."""
         if not Path(name).is_dir():
             wanted = [f"{subfolder}/{file}".lstrip("/") for file in SAE_FILES]
             name = snapshot_download(str(name), revision=revision, allow_patterns=wanted)
@@ -165,10 +165,6 @@ class Training:
     precision: str = "float32"
     """of the matrix products: "float32" or "bfloat16", as `fast_precision` finds it in hardware"""
 
-    @property
-    def top_k(self) -> int | None:
-        return None if self.activation == "relu" else int(self.activation.removeprefix("topk-"))
-
 
 class Loss(NamedTuple):
     total: torch.Tensor  # reconstruction + λ sparsity: what is minimised
@@ -190,10 +186,11 @@ def new_sae(statistics: Statistics, settings: Training, about=None) -> SparseAut
         raise SAEError("the class tokens are not finite")
     if statistics.rms_deviation <= 1e-6 * statistics.rms_norm:
         raise SAEError("all class tokens are the same, there is nothing to encode")
-    n = len(statistics.mean)
+    n, kind = len(statistics.mean), settings.activation
+    top_k = None if kind == "relu" else int(kind.removeprefix("topk-"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        sae = SparseAutoencoder(n, settings.expansion * n, about, settings.top_k)
+        sae = SparseAutoencoder(n, settings.expansion * n, about, top_k)
     if settings.inputs == "centred":  # then x̃ has mean zero, as b_dec is
         sae.shift.copy_(statistics.mean)
         sae.scale.fill_(statistics.rms_deviation)
@@ -222,7 +219,7 @@ def train_sae(buffer: ActivationBuffer, settings: Training, statistics: Statisti
     for epoch in range(settings.epochs):
         for x in buffer.batches(B, generator):
             lr_factor, l1_factor = schedule(step, steps)
-            l1 = settings.l1 * l1_factor if settings.top_k is None else 0
+            l1 = settings.l1 * l1_factor if sae.top_k is None else 0
             with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
                 loss = loss_of(sae, sae.normalise(x), l1)
             optimizer.zero_grad()
@@ -250,6 +247,6 @@ def fast_precision(device: str) -> str:
     if device == "cuda":
         found = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        found = (cpu := Path("/proc/cpuinfo")).is_file()
-        found = found and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpu.read_text())
+        cpu = Path("/proc/cpuinfo")
+        found = cpu.is_file() and re.search(r"\b(avx512|amx)_bf16\b", cpu.read_text())
     return "bfloat16" if found else "float32"

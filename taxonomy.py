@@ -73,10 +73,7 @@ class Taxonomy:
 
     @classmethod
     def from_graph(cls, graph: dict[str, Synset], wnids) -> "Taxonomy":
-        """The part of `graph` (wnid -> Synset) at or above the classes `wnids`.
-
-        Raises TaxonomyError where that has several roots.
-        """
+        """The part of `graph` (wnid -> Synset) at or above classes; TaxonomyError on two roots."""
         above, stack = set(), list(wnids)
         while stack:
             if (wnid := stack.pop()) not in above:
@@ -120,8 +117,7 @@ class Taxonomy:
     @functools.cached_property
     def _best_first(self) -> np.ndarray:
         """(V,) nodes as an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
-        order = np.arange(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth
-        return np.lexsort(order)
+        return np.lexsort((range(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth))
 
     def lch(self, sets) -> np.ndarray:
         """Lowest common hypernyms of M sets of classes: (M, C), non-zero where in the set -> (M,).
@@ -165,14 +161,12 @@ def imagenet1k() -> list[str]:
 def wordnet_graph(wnids) -> dict[str, Synset]:
     """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError where it lacks one."""
     wordnet = _wordnet()
-    graph, stack = {}, []
-    for wnid in sorted(set(wnids)):
-        with warnings.catch_warnings():  # NLTK warns of an unknown offset, and returns None
-            warnings.simplefilter("ignore")
-            synset = wordnet.synset_from_pos_and_offset("n", int(wnid[1:]))
-        if synset is None:
-            raise TaxonomyError(f"WordNet 3.0 has no synset {wnid}")
-        stack.append(synset)
+    wnids, graph = sorted(set(wnids)), {}
+    with warnings.catch_warnings():  # NLTK warns of an unknown offset, and returns None
+        warnings.simplefilter("ignore")
+        stack = [wordnet.synset_from_pos_and_offset("n", int(wnid[1:])) for wnid in wnids]
+    if None in stack:
+        raise TaxonomyError(f"WordNet 3.0 has no synset {wnids[stack.index(None)]}")
     while stack:
         synset = stack.pop()
         above = synset.hypernyms() + synset.instance_hypernyms()

@@ -115,8 +115,7 @@ def draw(traits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv, self.proj, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
 
     def forward(self, x):  # (B, 1+P, n)
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -128,9 +127,8 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width), nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm2, self.mlp = nn.LayerNorm(width), nn.Sequential(wide, nn.GELU(), narrow)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))

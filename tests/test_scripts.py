@@ -1,10 +1,12 @@
 """Every script in tests/ runs, on something small: none can rot unseen."""
+import csv
 import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -34,6 +36,21 @@ def test_survival():  # in a process of its own, which forks
     command = [sys.executable, ROOT / "tests/survival.py", "kill", "--kills", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "of 1 runs: results equal to the byte" in done.stdout, done.stdout + done.stderr
+
+
+def test_compare(data, hub, work, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import compare
+
+    monkeypatch.setattr(compare, "SAES", [("relu", "0.1"), ("topk-5", "0")])
+    assert compare.main(small_run(data, hub, "--layers", "1,2", "--seeds", "2")) == 0
+    table = Path("out/comparison.md").read_text()
+    assert capsys.readouterr().out.count("ReLU, λ = 0.1") == 2 and table.count("TopK, K = 5") == 2
+    with open("out/results/layers.csv") as file:  # the last: TopK
+        rows = [row for row in csv.DictReader(file) if row["layer"] == "2"]
+    assert f"{np.mean([float(row['fvu']) for row in rows]):.3g} ± " in table.splitlines()[-1]
+    assert Path("out/comparison.png").stat().st_size > 5000
+    assert compare.main(["--data", "nowhere", "--out", "never"]) == 2
 
 
 def match_everything(out):

@@ -10,6 +10,7 @@ import pytest
 
 import reproduce
 from conftest import ROOT, WNIDS, make_quick, results, small_run, write_images
+from kit import process
 from kit.images import find_images
 
 
@@ -37,20 +38,20 @@ def work(tmp_path_factory, hub):
     with pytest.MonkeyPatch.context() as patch:
         make_quick(patch.setattr)
         patch.chdir(folder)
-        assert reproduce.main(small_run("data", hub, "--out", "one")) == 0
+        assert reproduce.main(small_run("data", hub, "--seeds", "2", "--out", "one")) == 0
     return folder
 
 
 def test_killed_and_resumed_two_processes_come_to_the_results_of_one(work, hub, monkeypatch):
     monkeypatch.chdir(work)
-    process = start("data", hub, 2)
-    while not Path("out/tokens/train/layer_00.npy").exists() and process.poll() is None:
+    running = start("data", hub, 2, "--seeds", "2")
+    while not Path("out/tokens/train/layer_00.npy").exists() and running.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process = start("data", hub, 2)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    running = start("data", hub, 2, "--seeds", "2")
+    said, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, said
     assert said.count("[4/4]") == 1  # one of them speaks
     assert results("out") == results("one")
     assert not [*Path("out").rglob("progress_*"), *Path("out").rglob("*.part")]
@@ -61,10 +62,10 @@ def test_the_failure_of_one_ends_all_with_its_sentence(work, hub, monkeypatch):
     bad = Path("data/train", find_images("data")[0].names[-1])  # in the last share
     content = bad.read_bytes()
     bad.write_bytes(b"\0" * len(content))
-    process = start("data", hub, 2, out="failed")
-    said, _ = process.communicate(timeout=120)
+    running = start("data", hub, 2, out="failed")
+    said, _ = running.communicate(timeout=120)
     bad.write_bytes(content)
-    assert process.returncode != 0 and said.count("error: data/train/") == said.count("is no readable image") == 1, said
+    assert running.returncode != 0 and said.count("error: data/train/") == said.count("is no readable image") == 1, said
 
 
 def test_what_is_wrong_for_all_is_said_once(work, hub, monkeypatch, capsys):
@@ -77,3 +78,12 @@ def test_what_is_wrong_for_all_is_said_once(work, hub, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         reproduce.main(["--lr", "7"])
     assert capsys.readouterr().err == "" and not Path("never").exists()
+
+
+def test_more_processes_than_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(process, "WORLD", 2)
+    monkeypatch.setattr(process, "LOCAL_RANK", 1)
+    monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 1)
+    settings = reproduce.argparse.Namespace(device="cuda")
+    assert process.run_as_command(lambda settings: None, settings, ()) == 2
+    assert "more processes than the 1 GPUs: lower --nproc-per-node" in capsys.readouterr().err
