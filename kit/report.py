@@ -184,9 +184,6 @@ def write_report(folder: Path, title: str, note: str, record: dict, shown: dict,
     run |= {f"seconds, {stage}": seconds for stage, seconds in record["seconds"].items()}
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(note)}</p>",
-        "<details open><summary>What was run</summary>",
-        html_table([{"setting": key, "value": value} for key, value in run.items()]),
-        "<p>A stage of 0 seconds found its work done.</p></details>",
         "<h2>Claims</h2><p>Each is tested on this run's numbers; the README says how.</p>",
         html_table(record["claims"]),
         "<h2>Figures</h2>",
@@ -213,6 +210,9 @@ def write_report(folder: Path, title: str, note: str, record: dict, shown: dict,
             f"{lch}; {name} emerges in layer {row['emergence_layer']}"))
     for name in ("layers", "hierarchy", "relations", "hypernyms"):
         parts.append(f"<h2>{name.capitalize()}</h2>{html_table(shown[name])}")
+    settings = html_table([{"setting": key, "value": value} for key, value in run.items()])
+    parts.append(f"<h2>Settings</h2><details><summary>What was run</summary>{settings}"
+                 "<p>A stage of 0 seconds found its work done.</p></details>")
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
             f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
