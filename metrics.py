@@ -100,7 +100,8 @@ def profile_latents(encode, batches: Iterable[torch.Tensor], labelings: list[np.
         found = Reconstruction(*map(float, (error / squares, error / variance, l0, dead)))
     top_images, fires = top[1].T.cpu().numpy(), fires.long().cpu().numpy()
     return [
-        Profile(top_images, labels[top_images], fires, count.T.cpu().numpy().reshape(-1, classes, 2),
+        Profile(top_images, labels[top_images], fires,
+                count.T.cpu().numpy().reshape(-1, classes, 2),
                 np.bincount(cell, minlength=2 * classes).reshape(-1, 2).astype(np.float32), found)
         for labels, cell, count in zip(labelings, cells, counts)
     ]
@@ -160,7 +161,8 @@ def score_hierarchy(profile: Profile, tree: Taxonomy, k=16, response_rate=0.5) -
     distinct = distinct[np.argsort(tree.height[distinct], kind="stable")]
     inner = np.flatnonzero((sizes[distinct] >= 2) & (sizes[distinct] <= len(tree.classes) / 2))
     alive = np.flatnonzero(profile.fires >= k)
-    top, in_top = profile.top_classes[alive, :k], np.zeros((len(alive), len(tree.classes)), np.float32)
+    top = profile.top_classes[alive, :k]
+    in_top = np.zeros((len(alive), len(tree.classes)), np.float32)
     np.add.at(in_top, (np.arange(len(alive))[:, None], top), 1 / top.shape[1])  # (A, C), of 1
     lch = tree.lch(in_top)
     responds = (profile.rate[alive] >= response_rate).astype(np.float32)  # (A, C): R
@@ -268,7 +270,7 @@ def relate(encode, read, profile: Profile, scores: Scores, tree: Taxonomy, k=16,
 
 
 def longest_chain(above: np.ndarray) -> list[tuple]:
-    """The longest descent through above (M, M), where u is before v: [(None, v0), (v0, v1), ...]."""
+    """The longest descent through above (M, M), u before v: [(None, v0), (v0, v1), ...]."""
     chains = []  # the longest that ends in each
     for v in range(len(above)):
         before = max((chains[u] for u in np.flatnonzero(above[:v, v])), key=len, default=[])

@@ -115,7 +115,8 @@ def draw(traits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.qkv, self.proj, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
 
     def forward(self, x):  # (B, 1+P, n)
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

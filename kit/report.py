@@ -43,7 +43,7 @@ def html_table(rows: list[dict]) -> str:
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
-    """Rows that differ in their seed alone as one: of every number its mean ± standard deviation."""
+    """Rows that differ in their seed alone as one: of every number mean ± standard deviation."""
     groups = {}
     for row in rows:
         key = tuple(row[name] for name in ("layer", "dictionary", "labels") if name in row)
@@ -93,7 +93,8 @@ def longest_chain(records: dict[int, dict], tree) -> list[dict]:
     rows = []
     for wnid, share in records[layer]["chain"]:
         best = records[layer]["hypernyms"][wnid]
-        rows.append({"name": tree.names[tree.wnids.index(wnid)], "share": share, "best_layer": layer,
+        name = tree.names[tree.wnids.index(wnid)]
+        rows.append({"name": name, "share": share, "best_layer": layer,
                      "best_latent": best["latent"], "top_images": best["top_images"],
                      "picture": f"latent_chain_{len(rows)}_{wnid}.jpg"})
     return rows if len(rows) > 1 else []
@@ -131,10 +132,10 @@ FIGURES = {  # name: (alt text, caption), in the order in which to read them
         "counts the token's constant part, FVU does not: where NMSE is far below FVU, the token "
         "hardly changes from image to image."),
     "hierarchy": (
-        "Plots by layer of LCH height, match and hypernyms found, for the SAE and baselines.",
-        "If the hierarchy is there, the blue line leaves the orange one (shuffled labels). Raw neurons "
-        "and the untrained SAE fire as seldom as the SAE's latents: what training adds is the way "
-        "from them to the blue line. Bands: standard deviation over seeds."),
+        "Plots by layer of LCH height, IoU and hypernyms found, for the SAE and baselines.",
+        "If the hierarchy is there, the blue line leaves the orange one (shuffled labels). Raw "
+        "neurons and the untrained SAE fire as seldom as the SAE's latents: what training adds is "
+        "the way from them to the blue line. Bands: standard deviation over seeds."),
     "consistency": (
         "Heat map of the Jaccard similarity of the hypernyms matched in every pair of layers.",
         "Bright near the diagonal: neighbouring layers match the same hypernyms. Grey: neither "
