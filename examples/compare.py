@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
     out = Path(reproduce.parse_settings(arguments).out or "runs/comparison")
     rows, points = [], {}
     for activation, l1 in SAES:
-        code = reproduce.main([*arguments, "--out", str(out), "--activation", activation, "--l1", l1])
+        sae = ["--activation", activation, "--l1", l1]
+        code = reproduce.main([*arguments, "--out", str(out), *sae])
         if code:
             return code
         name = f"ReLU, λ = {l1}" if activation == "relu" else f"TopK, K = {activation[5:]}"
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> int:
                 ("pairwise LCH height", "hierarchy", "lch_height_pairwise", "sae"),
                 ("matched", "hierarchy", "hypernyms_matched", "sae"),
                 ("untrained: matched", "hierarchy", "hypernyms_matched", "untrained"),
-                ("IoU", "hierarchy", "iou", "sae"), ("untrained: IoU", "hierarchy", "iou", "untrained"),
+                ("IoU", "hierarchy", "iou", "sae"),
+                ("untrained: IoU", "hierarchy", "iou", "untrained"),
                 ("neurons: IoU", "hierarchy", "iou", "neurons"),
                 ("related share", "relations", "related", "sae"),
                 ("untrained: related", "relations", "related", "untrained"),
