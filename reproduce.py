@@ -33,8 +33,8 @@ from kit.images import Decoded, fingerprint
 from kit.job import Job, prepare, saes_name
 from kit.process import (RANK, WORLD, check_disk, keep_freed_memory, lock, run_as_command,
                          wait_for_all)
-from kit.recording import record_split, statistics_of
-from kit.store import atomic_write, check_file, checksum, hash_of, read_record, reuse, write_record
+from kit.recording import record_split, statistics_of, token_file
+from kit.store import atomic_write, checksum, hash_of, read_record, reuse, write_record
 from metrics import (best_latents, consistency, hypernym_rows, iou_draws, linear_probe,
                      profile_latents, readings, relate, score_hierarchy, sparse_units)
 from sae import SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training, train_sae
@@ -105,7 +105,7 @@ def train_layer(job: Job, training: Training, folder: Path, layer: int, tokens: 
                  "code": hash_of(HERE / "sae.py")}
     if reuse(folder / "sae.json", made_from):
         return
-    buffer = ActivationBuffer(check_file(record["path"], record["tokens"]), job.settings.device)
+    buffer = ActivationBuffer(token_file(record), job.settings.device)
     try:
         sae = train_sae(buffer, training, statistics_of(record), about | made_from, progress)
     except SAEError as error:
@@ -125,8 +125,7 @@ def probe_layer(job: Job, path: Path, seed: int, layer: int, tokens: dict) -> fl
         return known["top1"]
     data = []
     for split in splits:
-        file = check_file(split[layer]["path"], split[layer]["tokens"])
-        data += [np.load(file, mmap_mode="c"), split["labels"]]
+        data += [np.load(token_file(split[layer]), mmap_mode="c"), split["labels"]]
     data = [torch.from_numpy(array).to(job.settings.device) for array in data]
     statistics = statistics_of(tokens["train"][layer])
     top1 = linear_probe(*data, statistics.mean, statistics.variance, seed)
@@ -158,13 +157,12 @@ def score_layer(job: Job, seed: int, path: Path, layer: int, tokens: dict, folde
         "classes": tree.wnids, "top_k": k, "seed": seed, "code": hash_of(*code),
         "response_rate": settings.response_rate,
     }
-    accuracy = probe_layer(job, path.parent.parent / f"probe-seed_{seed}" / path.name, seed, layer,
-                           tokens)
     if known := reuse(path, made_from):
         return known
-    buffers = [ActivationBuffer(check_file(record["path"], record["tokens"]), settings.device)
-               for record in (train, val)]
-    sample = next(buffers[0].batches(SAMPLE))  # of training tokens, whose rows are in random order
+    probe_path = path.parent.parent / f"probe-seed_{seed}" / path.name
+    accuracy = probe_layer(job, probe_path, seed, layer, tokens)
+    buffers = [ActivationBuffer(token_file(record), settings.device) for record in (train, val)]
+    sample = buffers[0].rows_at(slice(SAMPLE))  # of training tokens: rows are in random order
     statistics = statistics_of(train)
     mean = statistics.mean.float().to(settings.device)
     sae = SparseAutoencoder.from_pretrained(folder).to(settings.device)
@@ -228,7 +226,7 @@ def make_results(job: Job, folders: dict, record: dict, scores: dict, tokens: di
     record |= tables_of(scores, job)
     records = {layer: scores[layer, first.seed] for layer in job.layers}
     latents = report.named_latents(record["all_hypernyms"], records)
-    chain = report.longest_chain(records, job.tree)
+    chain = report.chain_to_show(records, job.tree)
     saes = {layer: folders[layer, first.seed] for layer in job.layers}
     root = saes[job.layers[0]].parent
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}, "
@@ -283,9 +281,10 @@ def run_stages(job: Job, roots: dict[int, Path]) -> None:
     kept = job.out / "scores"
     paths = {(layer, one.seed): kept / saes_name(settings, one) / f"layer_{layer:02d}.json"
              for layer in job.layers for one in job.trainings}
+    scores = {}
     for layer, one in tqdm(mine, "      layers", unit="layer", disable=RANK > 0):
         key = layer, one.seed
-        score_layer(job, one.seed, paths[key], layer, tokens, folders[key])
+        scores[key] = score_layer(job, one.seed, paths[key], layer, tokens, folders[key])
     wait_for_all()
     times.append(time.time())
     if RANK > 0:
@@ -299,7 +298,7 @@ def run_stages(job: Job, roots: dict[int, Path]) -> None:
         "left_out": {split: len(found["left_out"]) for split, found in tokens.items()},
         "versions": {name: version(name) for name in ("torch", "torchvision", "nltk", "numpy")},
     }
-    scores = {key: read_record(path) for key, path in paths.items()}
+    scores = {key: scores.get(key) or read_record(path) for key, path in paths.items()}
     make_results(job, folders, record, scores, tokens)
     print(f"Done in {time.time() - times[0]:.0f} s.")
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from dinov2_hooks import TokenFiles
 from kit import images
 from kit.process import RANK, WORLD, wait_for_all
-from kit.store import InputError, atomic_write, checksum, read_record, reuse, write_record
+from kit.store import (InputError, atomic_write, check_file, checksum, read_record, reuse,
+                       write_record)
 from sae import ActivationBuffer, Statistics
 
 COMMIT_SECONDS = 30  # how often the rows so far are put on disk for good
@@ -60,10 +61,13 @@ def record_layers(model, transform, split, layers, folder, made_from, skip_bad: 
     steps = -(-N // images.BATCH)  # shares are whole batches: any number of ranks computes the same
     shares = [min(N, rank * steps // WORLD * images.BATCH) for rank in range(WORLD + 1)]
     records = [folder / f"progress_{rank}_of_{WORLD}.json" for rank in range(WORLD)]
-    if RANK == 0 and TokenFiles(folder, layers, N, width).made:  # then no row is there yet
-        remove_progress(folder)
-    wait_for_all()
+    if RANK > 0:
+        wait_for_all()  # until the first process has made the files
     files = TokenFiles(folder, layers, N, width)
+    if RANK == 0:
+        if files.made:  # then no row is there yet
+            remove_progress(folder)
+        wait_for_all()
     state = reuse(records[RANK], made_from)
     if not state or not set(layers) <= set(state["layers"]):
         state = {"rows": shares[RANK], "left_out": {}}
@@ -115,6 +119,14 @@ def finish_layer(path: Path, left_out: dict[str, str], made_from: dict) -> None:
     mean, variance, *norms = ActivationBuffer(path).statistics()
     write_record(path.with_suffix(".json"), made_from, tokens=checksum(path), left_out=left_out,
                  statistics=[mean.tolist(), variance.tolist(), *norms])
+
+
+def token_file(record: dict) -> Path:
+    """The file of a layer's tokens, looked at once a run; Stale if it is not what was recorded."""
+    if not record.get("intact"):
+        check_file(record["path"], record["tokens"])
+        record["intact"] = True
+    return record["path"]
 
 
 def statistics_of(record: dict) -> Statistics:

@@ -18,6 +18,7 @@ from kit.figures import (display_name, draw_consistency, draw_emergence, draw_hi
 from kit.store import to_json
 from sae import SparseAutoencoder
 
+
 def cell(value) -> str:
     if value is None or value != value:
         return "–"
@@ -86,7 +87,7 @@ def named_latents(rows: list[dict], records: dict[int, dict], count: int = 12) -
             for row in chosen]
 
 
-def longest_chain(records: dict[int, dict], tree) -> list[dict]:
+def chain_to_show(records: dict[int, dict], tree) -> list[dict]:
     """Of the later half of the layers the longest chain of latents, general to special, as rows."""
     late = list(records)[len(records) // 2 :]
     layer = max(late, key=lambda layer: (len(records[layer]["chain"]), layer))
@@ -194,7 +195,7 @@ def write_report(folder: Path, title: str, note: str, record: dict, shown: dict,
     ]
     for row in chain:
         name, share = escape(display_name(row["name"])), row["share"]
-        above = f"; the latent above fires on {share:.0%} of its top images" if share else ""
+        above = "" if share is None else f"; the latent above fires on {share:.0%} of these"
         text = f"<b>{name}</b>: latent {row['best_latent']} of layer {row['best_layer']}{above}"
         parts.append(figure(row["picture"], f"Top images of the latent for {name}", text))
     parts.append(
