@@ -10,6 +10,7 @@ Layer N is the output of blocks.N, counted from 0, before the final norm: to the
 DINOv2 (with and without registers), DINOv3, DINO v1 and timm's ViTs: their class token is token 0.
 """
 import hashlib
+import math
 import os
 import re
 import warnings
@@ -72,14 +73,28 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def eval_transform(resize: int = 256, crop: int = 224):
+def eval_transform(resize: int = 256, crop: int = 224, interpolation="bicubic",
+                   mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     """DINOv2's evaluation transform, PIL image -> (3, crop, crop)."""
     return transforms.Compose([
-        transforms.Resize(resize, interpolation=InterpolationMode.BICUBIC),  # the short side
+        transforms.Resize(resize, InterpolationMode(interpolation)),  # the short side
         transforms.CenterCrop(crop),
         transforms.ToTensor(),
-        transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        transforms.Normalize(mean, std),
     ])
+
+
+def transform_of(model: nn.Module):
+    """The transform that the model's `pretrained_cfg` asks for, as timm's have it; else DINOv2's.
+
+    timm's is that of timm's weights: a model with other weights in it may need another.
+    """
+    asked = getattr(model, "pretrained_cfg", None)
+    if not asked:
+        return eval_transform()
+    crop = asked["input_size"][-1]
+    resize = math.floor(crop / asked["crop_pct"])
+    return eval_transform(resize, crop, asked["interpolation"], asked["mean"], asked["std"])
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -93,9 +108,10 @@ def class_token_of(output) -> torch.Tensor:
     return (output[0] if isinstance(output, (list, tuple)) else output)[:, 0]
 
 
-def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor:
+def class_tokens(model: nn.Module, images: torch.Tensor, layers, precision="float32"):
     """images (B, 3, H, W) -> the class token after each asked-for block, (L, B, n), in one pass.
 
+    precision  of the matrix products: float32, or under autocast float16 or bfloat16
     Raises BackboneError for a layer the model lacks, and for a model that fails on these images.
     """
     layers, blocks = list(layers), blocks_of(model)
@@ -108,8 +124,10 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor
         tokens[place] = class_token_of(output)  # copied: a view would keep all of it alive
 
     handles = [blocks[n].register_forward_hook(partial(keep, i)) for i, n in enumerate(layers)]
+    low = precision != "float32"
     try:
-        model(images)
+        with torch.autocast(images.device.type, getattr(torch, precision), enabled=low):
+            model(images)
     except (RuntimeError, TypeError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
             raise  # which may be of an earlier operation
@@ -121,17 +139,16 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers) -> torch.Tensor
     return tokens
 
 
-def recording_precision(device: str) -> str:
-    """Of the forward pass while recording: float16 on a GPU, as in DINOv2's own evaluation."""
-    return "float16" if device == "cuda" else "float32"
-
-
 class TokenFiles:
     """One .npy file (images, n) in fp16 a layer, of full size from the start, written in place: on
-    a full disk a write is an OSError, where a store to a memory map is a crash."""
+    a full disk a write is an OSError, where a store to a memory map is a crash.
 
-    def __init__(self, folder, layers, images: int, width: int):
-        self.layers, self.width = list(layers), width
+    One batch is always under way: a GPU computes it while the one before is written.
+    """
+
+    def __init__(self, folder, layers, images: int, width: int, precision: str = "float32"):
+        self.layers, self.width, self.precision = list(layers), width, precision
+        self.under_way = None
         self.paths = [Path(folder, f"layer_{layer:02d}.npy") for layer in self.layers]
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.made = False  # whether any file had to be made: then none of its rows is there yet
@@ -145,24 +162,40 @@ class TokenFiles:
 
     @torch.inference_mode()
     def record(self, model: nn.Module, images: torch.Tensor, first_row: int, names=None) -> None:
-        """Write the class tokens of images (B, 3, H, W) to the rows from `first_row` on.
+        """Begin with images (B, 3, H, W), whose class tokens go to the rows from `first_row` on, and
+        write the batch before.
 
-        Raises BackboneError for a token that is not finite in fp16, with its image's name.
+        Raises BackboneError for a token of that which is not finite in fp16, with its image's name.
         """
-        device = model.cls_token.device
-        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-            tokens = class_tokens(model, images.to(device, non_blocking=True), self.layers).half()
-        if not tokens.isfinite().all():  # asked on the device: the host takes as long as writing
-            place, image = (~tokens.isfinite()).any(-1).nonzero()[0].tolist()
+        images = images.to(model.cls_token.device, non_blocking=True)
+        tokens = class_tokens(model, images, self.layers, self.precision).half()
+        arrived = torch.cuda.Event() if tokens.is_cuda else None
+        tokens = tokens.to("cpu", non_blocking=True)
+        if arrived:
+            arrived.record()
+        self.write_under_way()
+        self.under_way = tokens, arrived, first_row, names
+
+    def write_under_way(self) -> None:
+        if self.under_way is None:
+            return
+        (tokens, arrived, first_row, names), self.under_way = self.under_way, None
+        if arrived:
+            arrived.synchronize()
+        tokens = tokens.numpy()
+        finite = np.isfinite(tokens).all(-1)  # (L, B)
+        if not finite.all():
+            place, image = np.argwhere(~finite)[0]
             name = names[image] if names is not None else first_row + image
             raise BackboneError(f"layer {self.layers[place]}, image {name}: "
                                 "the class token is not finite in fp16")
-        for file, rows in zip(self.files, tokens.cpu().numpy()):
+        for file, rows in zip(self.files, tokens):
             file.seek(self.start + 2 * self.width * first_row)
             file.write(rows.tobytes())
 
     def sync(self) -> None:
         """Wait until all rows so far are on disk for good."""
+        self.write_under_way()
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())

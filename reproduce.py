@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dinov2_hooks import HUB, BackboneError, recording_precision, weights_hash
+from dinov2_hooks import HUB, BackboneError, weights_hash
 from kit import hub, plan, report
 from kit.claims import claims_of_seed, combine, reading_rows
 from kit.images import Decoded, fingerprint
-from kit.job import Job, prepare, saes_name
-from kit.process import (RANK, WORLD, check_disk, keep_freed_memory, lock, run_as_command,
-                         wait_for_all)
+from kit.job import Job, precisions, prepare, saes_name
+from kit.process import (RANK, WORLD, check_disk, keep_freed_memory, lock, of_the_first,
+                         run_as_command, wait_for_all)
 from kit.recording import record_split, statistics_of, token_file
 from kit.store import atomic_write, checksum, hash_of, read_record, reuse, write_record
 from metrics import (best_latents, consistency, hypernym_rows, iou_draws, linear_probe,
@@ -61,6 +61,8 @@ def parse_settings(argv=None) -> argparse.Namespace:
     add("--backbone", help="entry point of the hub: dinov2_vits14, _vitb14, _vitl14, _vitg14, each "
         "also with _reg (default: dinov2_vitg14, the paper's)")
     add("--hub", help=f"torch.hub repository, or a folder with a hubconf.py (default: {HUB})")
+    add("--transform", choices=["model", "dinov2"], default="model",
+        help="of images: as the model's pretrained_cfg asks, if it has one, or DINOv2's (model)")
     add("--out", help="output folder (default: runs/<data>-<backbone>)")
     add("--expansion", type=int, default=8, help="SAE: latents per dimension of the token (8)")
     add("--activation", default="relu", help="SAE: relu, the paper's, or topk-K, as topk-32 (relu)")
@@ -253,7 +255,7 @@ def run_stages(job: Job, roots: dict[int, Path]) -> None:
         "format": 1, "images": fingerprint(job.train, job.val), "backbone": settings.backbone,
         "train images": len(job.train.names), "val images": len(job.val.names),
         "weights": weights_hash(job.model), "transform": str(job.transform),
-        "precision": recording_precision(settings.device),
+        "precision": settings.token_precision,
     }
     tokens = {
         name: record_split(job.model, job.transform, split, job.layers, job.out / "tokens" / name,
@@ -304,6 +306,8 @@ def run_stages(job: Job, roots: dict[int, Path]) -> None:
 
 
 def run(settings: argparse.Namespace) -> None:
+    said = of_the_first(precisions(settings.device))
+    settings.token_precision, settings.sae_precision = said
     if RANK > 0 and settings.plan:
         return
     if RANK > 0:
@@ -313,7 +317,8 @@ def run(settings: argparse.Namespace) -> None:
     parts = plan.plan(job.model, job.transform, *counts, job.layers, job.trainings)
     if settings.plan:
         images = Decoded(job.train, job.transform)
-        parts = plan.with_seconds(parts, job.model, images, *counts, job.trainings[0])
+        parts = plan.with_seconds(parts, job.model, images, *counts, job.trainings[0],
+                                  settings.token_precision)
     print(plan.table(parts))
     if settings.plan:
         return

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone
+from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transform_of
 from kit import demo, hub
 from kit.images import Split, find_images
 from kit.process import RANK
@@ -55,6 +55,13 @@ def saes_name(settings: argparse.Namespace, training: Training) -> str:
     return f"{training.activation}{l1}-{training.inputs}-seed_{training.seed}-{digest}"
 
 
+def precisions(device: str) -> tuple[str, str]:
+    """Of the forward pass while recording, and of training SAEs. On a GPU tokens are recorded in
+    float16, as in DINOv2's own evaluation: bfloat16 is as fast, and ten times less exact."""
+    training = fast_precision(device)
+    return "float16" if device == "cuda" else training, training
+
+
 def trainings_of(settings: argparse.Namespace, rows: int) -> list[Training]:
     batch_size = settings.batch_size or 4096
     if settings.batch_size is None:  # small data needs small batches: 1,500 steps
@@ -63,7 +70,7 @@ def trainings_of(settings: argparse.Namespace, rows: int) -> list[Training]:
     return [
         Training(settings.expansion, settings.activation, settings.l1, settings.inputs,
                  settings.epochs, min(batch_size, rows), settings.lr, seed,
-                 fast_precision(settings.device))
+                 settings.sae_precision)
         for seed in range(settings.seed, settings.seed + settings.seeds)
     ]
 
@@ -88,7 +95,7 @@ def prepare(settings: argparse.Namespace) -> Job:
         settings.data, settings.hub = data, settings.hub or HUB
         settings.backbone = settings.backbone or "dinov2_vitg14"
         out = Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
-        model, transform = None, eval_transform()
+        model = transform = None
     train, val, classes = find_images(data, settings.images_per_class)
     tree, counts = Taxonomy.from_wnids(classes), (len(train.names), len(val.names))
     note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
@@ -98,6 +105,12 @@ def prepare(settings: argparse.Namespace) -> Job:
     if (settings.batch_size or 1) > counts[0]:
         raise InputError(f"--batch-size {settings.batch_size} is above {counts[0]} training images")
     model = (model or load_backbone(settings.backbone, settings.hub)).to(settings.device)
+    if transform is None:
+        transform = transform_of(model) if settings.transform == "model" else eval_transform()
+        resize, crop, _, normalise = transform.transforms
+        by = "DINOv2's" if str(transform) == str(eval_transform()) else "the model's pretrained_cfg"
+        print(f"      images as {by} takes them: short side {resize.size}, crop {crop.size[0]}, "
+              f"mean {normalise.mean}, deviation {normalise.std}")
     layers = parse_layers(settings.layers, len(blocks_of(model)))
     latents = settings.expansion * model.cls_token.shape[-1]
     if settings.activation != "relu" and int(settings.activation[5:]) > latents:

@@ -37,17 +37,18 @@ def plan(model, transform, train: int, val: int, layers, trainings) -> list[Part
             Part("SAEs", saes * 4 * weights, saes * steps * 5 * training.batch_size * weights)]
 
 
-def with_seconds(parts: list[Part], model, decoded, train: int, val: int, training: Training):
+def with_seconds(parts: list[Part], model, decoded, train: int, val: int, training: Training,
+                 precision: str) -> list[Part]:
     """The parts with the time they take here; decoded[i][0] is an image (3, H, W)."""
     start = time.perf_counter()
     images = torch.stack([decoded[i][0] for i in range(min(16, train))])
     decode = (time.perf_counter() - start) / len(images)
     n, device = model.cls_token.shape[-1], model.cls_token.device.type
     images = images.repeat(-(-BATCH // len(images)), 1, 1, 1)[:BATCH].to(device)
-    with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
-        class_tokens(model, images, [0])  # the first time is not typical
+    with torch.inference_mode():
+        class_tokens(model, images, [0], precision)  # the first time is not typical
         start = time.perf_counter()
-        class_tokens(model, images, [0]).cpu()
+        class_tokens(model, images, [0], precision).cpu()
         forward = (time.perf_counter() - start) / BATCH
     # on a CPU decoding and the backbone share the cores
     an_image = (max(forward, decode / max(WORKERS, 1)) if device == "cuda"

@@ -35,6 +35,14 @@ def wait_for_all() -> None:
             sys.exit(1)
 
 
+def of_the_first(value):
+    """What the first process says, in every process: where machines differ, one has to decide."""
+    said = [value]
+    if WORLD > 1:
+        torch.distributed.broadcast_object_list(said)
+    return said[0]
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one: from the system it comes page by page,
     which on a CPU is up to 40% of a training step."""

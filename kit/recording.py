@@ -63,7 +63,7 @@ def record_layers(model, transform, split, layers, folder, made_from, skip_bad: 
     records = [folder / f"progress_{rank}_of_{WORLD}.json" for rank in range(WORLD)]
     if RANK > 0:
         wait_for_all()  # until the first process has made the files
-    files = TokenFiles(folder, layers, N, width)
+    files = TokenFiles(folder, layers, N, width, made_from["precision"])
     if RANK == 0:
         if files.made:  # then no row is there yet
             remove_progress(folder)

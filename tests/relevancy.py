@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dinov2_hooks import class_tokens, eval_transform, load_backbone, relevancy_maps
+from dinov2_hooks import (class_tokens, eval_transform, load_backbone, relevancy_maps,
+                          transform_of)
 from kit import demo
 from kit.images import find_images, read_image
 from sae import SparseAutoencoder
@@ -101,7 +102,8 @@ def main(out: Path) -> None:
     if settings["backbone"] == "demo":
         model, _ = demo.open_demo(out, None, plan=False)
         return pointing(model, list(latents.values()))
-    model, transform = load_backbone(settings["backbone"], settings["hub"]), eval_transform()
+    model = load_backbone(settings["backbone"], settings["hub"])
+    transform = transform_of(model) if settings["transform"] == "model" else eval_transform()
     val, ids = find_images(settings["data"])[1], np.load(out / "tokens/val/ids.npy")
     deletion(model, list(latents.values()),
              lambda i: transform(read_image(val.root / val.names[ids[i]])))

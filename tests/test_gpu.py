@@ -1,15 +1,22 @@
-"""A GPU that is only pretended: every stage on its device, and nothing that waits where it matters."""
+"""A GPU that is only pretended: every stage on its device, and nothing that waits where it matters;
+and the paper's sizes on tensors without values: devices and memory."""
 import json
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import small_run
-from kit import images, recording
+from dinov2_hooks import class_tokens
+from kit import images, job, recording
 from pretend_cuda import OnGPU, log, pretend_cuda
 from reproduce import main
-from sae import ActivationBuffer, Training, train_sae
+from sae import POOL_BYTES, ActivationBuffer, Statistics, Training, train_sae
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +30,18 @@ def no_pinning(monkeypatch):
 
 def waits(function: str) -> dict:
     """What waited for the GPU in one function of the project: {what: how often}."""
-    return {what: count for (what, where), count in log.items() if where.endswith(f":{function}")}
+    return {what: count for (what, where), count in log.items() if where == function}
 
 
 def test_the_pretended_gpu_raises_where_a_real_one_would():
     with pretend_cuda():
         here, there = torch.ones(3), torch.ones(3, device="cuda")
         assert isinstance(here.to("cuda"), OnGPU) and there.device.type == "cuda"
+        copy, arrived = there.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+        assert copy.isnan().all()
+        arrived.synchronize()
+        assert torch.equal(copy, here)
         assert not isinstance(there.cpu(), OnGPU) and isinstance(there + 1, OnGPU)
         for wrong in (lambda: here + there, lambda: there.numpy(), lambda: torch.cat([here, there])):
             with pytest.raises((RuntimeError, TypeError), match="cuda:0"):
@@ -46,7 +58,8 @@ def test_a_whole_run_on_a_gpu(data, hub, work, more):
         assert record["settings"]["device"] == "cuda" and len(record["layers"]) >= 3
 
 
-def test_tokens_of_a_gpu_and_of_a_cpu_do_not_mix(data, hub, work, capsys):
+def test_tokens_of_a_gpu_and_of_a_cpu_do_not_mix(data, hub, work, capsys, monkeypatch):
+    monkeypatch.setattr(job, "fast_precision", lambda device: "float32")  # on any CPU
     run = small_run(data, hub, "--layers", "1")
     assert main(run) == 0
     with pretend_cuda():
@@ -56,8 +69,6 @@ def test_tokens_of_a_gpu_and_of_a_cpu_do_not_mix(data, hub, work, capsys):
 
 
 def test_a_training_step_does_not_wait(tmp_path):
-    import numpy as np
-
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(200, 8)).astype(np.float16))
     counts = []
     for epochs in (1, 3):  # ten steps each
@@ -86,10 +97,65 @@ def test_a_probe_step_does_not_wait():
     assert counts[0] == counts[1] < 20
 
 
-def test_a_recorded_batch_waits_for_its_tokens_and_whether_they_are_finite(data, hub, work, monkeypatch):
+def test_a_recorded_batch_waits_once_for_the_batch_before(data, hub, work, monkeypatch):
     monkeypatch.setattr(images, "BATCH", 8)
     monkeypatch.setattr(recording, "COMMIT_SECONDS", 1000)
     with pretend_cuda():
         assert main(small_run(data, hub, "--device", "cuda", "--layers", "1")) == 0
     batches = 48 // 8 + -(-20 // 8)
-    assert waits("record") == {"to the GPU": batches, "__bool__": batches, "to the host": batches}
+    assert waits("record") == {"to the GPU, later": batches, "to the host, later": batches}
+    assert waits("write_under_way") == {"synchronize": batches}
+
+
+class Memory(TorchDispatchMode):
+    """`peak`: bytes of all tensors made in it that live at once, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, count: int) -> None:
+        self.now += count
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_papers_sae_trains_in_little_memory(precision, monkeypatch):
+    class Buffer:  # as ActivationBuffer, one pool of it
+        rows, device, pool_rows = 3 * 4096, "cpu", 3 * 4096
+
+        def batches(self, batch_size, generator):
+            pool = torch.empty(POOL_BYTES // (2 * 1536), 1536, dtype=torch.float16)
+            for i in range(3):
+                yield pool[i * batch_size : (i + 1) * batch_size].float()
+
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    with FakeTensorMode(), Memory() as memory:
+        statistics = Statistics(*torch.zeros(2, 1536, dtype=torch.float64), 1.0, 1.0)
+        with pytest.raises(DataDependentOutputException):  # whether weights are finite, at the end
+            train_sae(Buffer(), Training(epochs=1, precision=precision), statistics)
+    weights = 4 * 2 * 12288 * 1536  # themselves, their gradients, two moments of Adam
+    assert POOL_BYTES + 4 * weights < memory.peak < 1.5 * (POOL_BYTES + 4 * weights)
+
+
+@pytest.mark.filterwarnings("ignore:xFormers")
+def test_vit_g_records_in_little_memory(dinov2, monkeypatch):
+    monkeypatch.setenv("XFORMERS_DISABLED", "1")
+    monkeypatch.syspath_prepend(str(dinov2))
+    from dinov2.hub.backbones import dinov2_vitg14
+
+    monkeypatch.setattr(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *of, **more: tensor)
+    with FakeTensorMode(), Memory() as memory, torch.device("cuda"), torch.inference_mode():
+        model = dinov2_vitg14(pretrained=False).eval()
+        tokens = class_tokens(model, torch.empty(64, 3, 224, 224), range(40))  # autocast needs a GPU
+    assert tokens.device.type == "cuda" and tokens.shape == (40, 64, 1536)
+    assert 4 * 1.1e9 < memory.peak < 8e9, memory.peak

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dinov2_hooks import (HUB, BackboneError, TokenFiles, blocks_of, class_tokens, eval_transform,
-                          load_backbone, relevancy_maps)
+                          load_backbone, relevancy_maps, transform_of)
 from kit.demo import SmallViT
 
 
@@ -67,7 +67,9 @@ def test_dinov2_tokens_equal_its_intermediate_layers_to_the_bit(dinov2, shape, t
         theirs = model.get_intermediate_layers(images, n=depth, return_class_token=True, norm=False)
         theirs = torch.stack([token for _, token in theirs])
         assert torch.equal(class_tokens(model, images, range(depth)), theirs)
-    TokenFiles(tmp_path, range(depth), 2, theirs.shape[-1]).record(model, images, 0)
+    files = TokenFiles(tmp_path, range(depth), 2, theirs.shape[-1])
+    files.record(model, images, 0)
+    files.sync()
     for layer in range(depth):
         recorded = np.load(tmp_path / f"layer_{layer:02d}.npy")
         assert torch.equal(torch.from_numpy(recorded), theirs[layer].half())
@@ -115,6 +117,7 @@ def test_tokens_that_are_not_finite_name_layer_and_image(vit, tmp_path, value):
     names = [f"pictures/{i}.png" for i in range(4, 8)]
     with pytest.raises(BackboneError, match=r"layer 1, image pictures/6\.png: the class token is not"):
         files.record(vit, torch.randn(4, 3, 16, 16), 4, names)
+        files.sync()
     assert (np.load(tmp_path / "layer_00.npy") == 0).all()  # nothing of that batch is written
 
 
@@ -129,6 +132,22 @@ def test_eval_transform_is_dinov2s(dinov2):
     for shape in [(300, 500, 3), (64, 64, 3), (256, 224, 3)]:
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
         assert torch.equal(eval_transform()(picture), make_classification_eval_transform()(picture))
+
+
+@pytest.mark.parametrize("name", [
+    "vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
+def test_transform_is_the_one_timm_makes(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    from PIL import Image
+
+    model = timm.create_model(name, pretrained=False)
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8))
+    assert torch.equal(transform_of(model)(picture), theirs(picture))
+
+
+def test_transform_is_dinov2s_where_the_model_says_nothing(vit):
+    assert str(transform_of(vit)) == str(eval_transform())
 
 
 def test_load_backbone_from_a_local_folder(hub):
@@ -312,8 +331,10 @@ def test_relevancy_in_a_batch_is_relevancy_one_by_one(vit):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_tokens_are_the_cpus_up_to_autocast(vit, tmp_path):
     images = torch.randn(10, 3, 16, 16)
-    for device in ("cpu", "cuda"):
-        TokenFiles(tmp_path / device, [2], 10, 24).record(vit.to(device), images, 0)
+    for device, precision in (("cpu", "float32"), ("cuda", "float16")):
+        files = TokenFiles(tmp_path / device, [2], 10, 24, precision)
+        files.record(vit.to(device), images, 0)
+        files.sync()
     cpu, gpu = (np.load(tmp_path / device / "layer_02.npy").astype(np.float32)
                 for device in ("cpu", "cuda"))
     assert np.linalg.norm(gpu - cpu) < 0.02 * np.linalg.norm(cpu)
