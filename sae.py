@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
-POOL_BYTES = 1 << 30  # tokens shuffled together in memory; ImageNet-1k at width 1536 is four pools
+POOL_BYTES = 4 << 30  # tokens shuffled together in memory: ImageNet-1k's at width 1536 are one pool
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
 
@@ -48,13 +48,18 @@ class ActivationBuffer:
         self.tokens, self.device = np.load(path, mmap_mode="r"), device
         self.rows, self.width = self.tokens.shape
         self.pool_rows = max(1, POOL_BYTES // (self.tokens.itemsize * self.width))
+        self.kept = None  # the pool, where it is all rows: reading would take longer than training
 
     def _read(self, start: int) -> torch.Tensor:
+        if self.kept is not None:
+            return self.kept
         file = self.tokens  # whose mapped pages would count as this process's memory: so fromfile
         offset = file.offset + start * self.width * file.itemsize
         count = min(self.pool_rows, self.rows - start) * self.width
         piece = np.fromfile(file.filename, file.dtype, count, offset=offset)
-        return torch.from_numpy(piece).view(-1, self.width).to(self.device)
+        pool = torch.from_numpy(piece).view(-1, self.width).to(self.device)
+        self.kept = pool if len(pool) == self.rows else None
+        return pool
 
     def batches(self, batch_size: int, generator=None) -> Iterator[torch.Tensor]:
         """One epoch of batches (B, n) in float32: without a torch.Generator all rows in order, with

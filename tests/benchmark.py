@@ -7,6 +7,7 @@ medians of one run. Peers are used where they are installed (pip install overcom
 each by its own public training step. --quick: small shapes, to see that it runs.
 """
 import argparse
+import copy
 import importlib.util
 import os
 import platform
@@ -24,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sae as sae_module
 from dinov2_hooks import TokenFiles
 from kit.demo import SmallViT
+from kit.job import precisions
 from kit.process import keep_freed_memory
+from kit.store import checksum
 from metrics import iou_draws, pairwise, profile_latents, readings, relate, score_hierarchy
 from sae import (ActivationBuffer, SparseAutoencoder, Training, fast_precision, loss_of, train_sae)
 from taxonomy import Taxonomy, imagenet1k
@@ -181,21 +184,38 @@ def extract(rounds, quick):
         vit = vit.eval().requires_grad_(False).to(DEVICE)
         batches = torch.randn(4, B, 3, 224, 224)
 
+        precision, _ = precisions(DEVICE)
+        cast = copy.deepcopy(vit)  # autocast casts weights again for every batch
+        for module in cast.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.to(getattr(torch, precision))
+
         @torch.inference_mode()
-        def bare():
-            with torch.autocast("cuda", torch.float16, enabled=DEVICE == "cuda"):
+        def bare(model, precision):
+            low = precision != "float32"
+            with torch.autocast(DEVICE, getattr(torch, precision), enabled=low):
                 for images in batches:
-                    vit(images.to(DEVICE))
+                    model(images.to(DEVICE))
 
         with tempfile.TemporaryDirectory() as folder:
-            files = TokenFiles(folder, range(12), 4 * B, width)
-            times = measure({"bare forward": bare, "all 12 layers to disk": lambda: [
-                files.record(vit, images, i * B) for i, images in enumerate(batches)]}, rounds)
+            files = TokenFiles(folder, range(12), 4 * B, width, precision)
+
+            def record():
+                for i, images in enumerate(batches):
+                    files.record(vit, images, i * B)
+                files.write_under_way()
+
+            times = measure({
+                f"bare forward, {precision}": lambda: bare(vit, precision),
+                "all 12 layers to disk": record,
+                "bare, weights cast once": lambda: bare(cast, precision),
+                "bare forward, float32": lambda: bare(vit, "float32"),
+            }, rounds)
         print(f"class tokens of {4 * B} images, {name} in shape, images in memory")
-        bare_median, ours_median = (np.median(seconds) for seconds in times.values())
-        show("bare forward", times["bare forward"], f"{4 * B / bare_median:.0f} images/s")
-        show("all 12 layers to disk", times["all 12 layers to disk"],
-             f"{bare_median / ours_median:.1%} of the bare forward's rate")
+        first = np.median(next(iter(times.values())))
+        for contestant, seconds in times.items():
+            show(contestant, seconds, f"{4 * B / np.median(seconds):.0f} images/s, "
+                 f"{first / np.median(seconds):.1%} of the bare forward's rate")
 
 
 def score(rounds, quick):
@@ -265,11 +285,17 @@ def buffer(rounds, quick):
         start = time.perf_counter()
         tokens = ActivationBuffer(path, DEVICE)
         tokens.statistics()
-        middle = time.perf_counter()
-        read = sum(len(x) for x in tokens.batches(4096, torch.Generator().manual_seed(0)))
-        end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"a layer of {rows:,} x {width}: statistics {middle - start:.1f} s, an epoch's {read:,} "
-              f"rows drawn in {end - middle:.1f} s; peak memory {peak:.2f} GiB")
+        times = [start, time.perf_counter()]
+        checksum(path)
+        times.append(time.perf_counter())
+        fresh = ActivationBuffer(path, DEVICE)
+        for _ in range(2):
+            read = sum(len(x) for x in fresh.batches(4096, torch.Generator().manual_seed(0)))
+            times.append(time.perf_counter())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"a layer of {rows:,} x {width}: statistics %.1f s, checksum %.1f s; {read:,} rows drawn "
+              "in %.1f s, in the next epoch %.1f s;" % tuple(np.diff(times)),
+              f"peak memory {peak:.2f} GiB")
 
 
 def precision(rounds, quick):

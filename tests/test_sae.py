@@ -145,6 +145,17 @@ def test_buffer_batches(buffer, pool_rows, monkeypatch):
     assert torch.equal(epochs[0], torch.cat(list(small.batches(32, torch.Generator().manual_seed(0)))))
 
 
+def test_tokens_of_one_pool_are_read_once(buffer, monkeypatch):
+    reads, fromfile, statistics = [], np.fromfile, buffer.statistics()
+    monkeypatch.setattr(np, "fromfile", lambda *of, **more: reads.append(of) or fromfile(*of, **more))
+    for pool_rows, expected in ((700, 1), (350, 6)):
+        monkeypatch.setattr(sae_module, "POOL_BYTES", pool_rows * 2 * 12)
+        train_sae(ActivationBuffer(buffer.tokens.filename), Training(epochs=3, batch_size=64),
+                  statistics)
+        assert len(reads) == expected
+        reads.clear()
+
+
 def test_schedule():
     factors = [schedule(step, 1000) for step in range(1000)]
     lr, l1 = zip(*factors)

@@ -32,6 +32,19 @@ def test_benchmark(monkeypatch, capsys):
         assert words in said
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_paper_cost(dinov2, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    import paper_cost
+
+    flop = [sum(flop for flop, _ in operations) for operations in (
+        paper_cost.of_a_batch(str(dinov2)), paper_cost.of_a_step(), paper_cost.of_a_probe_step())]
+    vit_g = 64 * 40 * (24 * 1536**2 * 257 + 4 * 1536 * 257**2)
+    assert flop == pytest.approx([vit_g, 5 * 2 * 4096 * 1536 * 12288, 2 * 2 * 256 * 1536 * 1000], 0.01)
+    said = run_script(monkeypatch, capsys, "paper_cost.py", "--hub", dinov2)
+    assert "RTX 4090" in said and "H100 SXM" in said
+
+
 def test_survival():  # in a process of its own, which forks
     command = [sys.executable, ROOT / "tests/survival.py", "kill", "--kills", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
