@@ -162,10 +162,11 @@ class TokenFiles:
 
     @torch.inference_mode()
     def record(self, model: nn.Module, images: torch.Tensor, first_row: int, names=None) -> None:
-        """Begin with images (B, 3, H, W), whose class tokens go to the rows from `first_row` on, and
-        write the batch before.
+        """Begin with images (B, 3, H, W), whose class tokens belong in the rows from `first_row` on;
+        then write the batch before.
 
-        Raises BackboneError for a token of that which is not finite in fp16, with its image's name.
+        Raises BackboneError for a token of that batch that is not finite in fp16: `names` are of
+        the images.
         """
         images = images.to(model.cls_token.device, non_blocking=True)
         tokens = class_tokens(model, images, self.layers, self.precision).half()

@@ -5,7 +5,8 @@
     accuracy = linear_probe(train, train_labels, val, labels)
 
 A "dictionary" is any function from tokens (B, n) to non-negative activations (B, m): an SAE's
-encoder, or units as sparse as it that were not trained (`sparse_units`). Formulas: docs/definitions.md.
+encoder, or units as sparse as it that were not trained (`sparse_units`). The formulas are in
+docs/definitions.md.
 """
 from typing import Iterable, NamedTuple
 

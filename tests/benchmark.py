@@ -283,8 +283,7 @@ def buffer(rounds, quick):
             file[start : start + len(block)] = block[: rows - start]
         del file
         start = time.perf_counter()
-        tokens = ActivationBuffer(path, DEVICE)
-        tokens.statistics()
+        ActivationBuffer(path, DEVICE).statistics()
         times = [start, time.perf_counter()]
         checksum(path)
         times.append(time.perf_counter())

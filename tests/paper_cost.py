@@ -31,9 +31,10 @@ from sae import Statistics, Training, train_sae
 TRAIN, VAL, LAYERS, WIDTH = 1_281_167, 50_000, 40, 1536
 PRODUCTS, MEMORY = 0.8, 0.85  # shares of the two figures of a card that are reached
 OPERATION = 15e-6  # seconds that PyTorch takes on the host for one
-HOST, TO_CARD = 2e-9, 10e9  # seconds a byte, bytes a second
-SCORES = 15  # seconds a layer
-CORES, DECODE = 16, 0.009  # seconds an image
+STATISTICS = 14  # seconds a layer: means, variances and two checksums (benchmark.py buffer)
+TO_CARD = 10e9  # bytes a second
+SCORES = 15  # seconds a layer: three dictionaries, as on two CPU cores (benchmark.py score)
+CORES, DECODE = 16, 0.009  # seconds an image of 500 x 375
 
 
 class Card(NamedTuple):
@@ -130,7 +131,7 @@ def main(hub: str) -> None:
         total, rows = 0, []
         for name, operations, n in zip(("class tokens", "SAEs", "probes"), kinds, times):
             rows.append((name, n, len(operations), *(n * s for s in seconds(operations, card))))
-        rows.append(("tokens: checked, read, to the card", LAYERS, 0, files * HOST + files / TO_CARD))
+        rows.append(("statistics, to the card", LAYERS, 0, LAYERS * STATISTICS + files / TO_CARD))
         rows.append(("scores", LAYERS, 0, LAYERS * SCORES))
         for name, n, operations, taken, *parts in rows:
             total += taken

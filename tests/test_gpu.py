@@ -75,6 +75,7 @@ def test_a_training_step_does_not_wait(tmp_path):
         log.clear()
         with pretend_cuda():
             buffer = ActivationBuffer(tmp_path / "x.npy", "cuda")
+            assert buffer.pool_rows == ActivationBuffer(tmp_path / "x.npy").pool_rows  # or others
             train_sae(buffer, Training(epochs=epochs, batch_size=20), buffer.statistics())
         counts.append(sum(waits("train_sae").values()) + sum(waits("loss_of").values())
                       + sum(waits("batches").values()))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dinov2_hooks import (HUB, BackboneError, TokenFiles, blocks_of, class_tokens, eval_transform,
                           load_backbone, relevancy_maps, transform_of)
@@ -73,16 +74,6 @@ def test_dinov2_tokens_equal_its_intermediate_layers_to_the_bit(dinov2, shape, t
     for layer in range(depth):
         recorded = np.load(tmp_path / f"layer_{layer:02d}.npy")
         assert torch.equal(torch.from_numpy(recorded), theirs[layer].half())
-
-
-def test_timm_tokens_equal_its_intermediates_to_the_bit():
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0).eval()
-    images = torch.randn(2, 3, 224, 224)
-    with torch.inference_mode():
-        theirs = model.forward_intermediates(images, return_prefix_tokens=True, norm=False, intermediates_only=True)
-        theirs = torch.stack([prefix[:, 0] for _, prefix in theirs])
-        assert torch.equal(class_tokens(model, images, range(12)), theirs)
 
 
 def test_token_files(vit, tmp_path):
@@ -162,6 +153,14 @@ def test_load_backbone_from_a_local_folder(hub):
             load_backbone(name, str(hub))
 
 
+def test_xformers_is_off_before_the_hubs_code_is_imported(tmp_path, monkeypatch):
+    monkeypatch.delenv("XFORMERS_DISABLED", raising=False)
+    (tmp_path / "hubconf.py").write_text(
+        "import os\noff = 'XFORMERS_DISABLED' in os.environ\ndef vit(): raise ValueError(f'off: {off}')")
+    with pytest.raises(BackboneError, match="off: True"):
+        load_backbone("vit", str(tmp_path))
+
+
 def test_hub_that_is_none(tmp_path):
     for hub in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(BackboneError, match="is no folder with a hubconf.py, and no owner/name"):
@@ -204,13 +203,6 @@ def check_explicit_attention(model, images, grid):
 def test_explicit_attention_on_dinov2(dinov2, shape):
     model = load_dinov2(dinov2, shape).requires_grad_(False)
     check_explicit_attention(model, torch.randn(2, 3, 112, 112), (8, 8))
-
-
-def test_explicit_attention_on_timm():
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    for name in ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"):
-        model = timm.create_model(name, pretrained=False, num_classes=0, img_size=112).eval().requires_grad_(False)
-        check_explicit_attention(model, torch.randn(2, 3, 112, 112), (112 // model.patch_embed.patch_size[0],) * 2)
 
 
 def test_explicit_attention_on_attention_returned_beside_the_output(vit):
@@ -260,19 +252,88 @@ def test_an_error_of_the_gpu_is_not_the_images(vit):
         class_tokens(vit, torch.randn(1, 3, 16, 16), [0])
 
 
-def test_timms_models_of_many_kinds():
+class Nudge(TorchFunctionMode):
+    """Adds `by` to one entry (head, column) of the class token's row of the first attention."""
+
+    def __init__(self, head=0, column=0, by=0.0):
+        super().__init__()
+        self.head, self.column, self.by, self.first = head, column, by, None
+
+    def nudged(self, attention):
+        if self.first is None:
+            self.first = attention.clone()
+            attention[:, self.head, 0, self.column] += self.by
+        return attention
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            scale = (kwargs or {}).get("scale") or q.shape[-1] ** -0.5
+            return self.nudged(torch.softmax(q @ k.transpose(-1, -2) * scale, -1)) @ v
+        output = function(*args, **(kwargs or {}))
+        square = torch.is_tensor(output) and output.ndim == 4 and output.shape[2] == output.shape[3]
+        return self.nudged(output) if "softmax" in function.__name__ and square else output
+
+
+def check_map_by_finite_differences(model):
+    """The first block's map by its formula, with dscore/dA by nudging entries of the attention."""
+    model, (blocks, n) = model.double(), (blocks_of(model), model.cls_token.shape[-1])
+    crop = 4 * next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)).stride[0]
+    images, direction = torch.randn(1, 3, crop, crop, dtype=torch.float64), torch.randn(n).double()
+
+    def score(x):
+        return torch.tanh(x @ direction / n)
+
+    @torch.no_grad()
+    def nudged(*nudge):
+        with Nudge(*nudge) as mode:
+            value = score(class_tokens(model, images, [0])[0])
+        return value.item(), mode.first
+
+    attention, step = nudged()[1][0, :, 0], 1e-4  # (heads, N)
+    first = attention.shape[1] - 16
+    expected = []
+    for column in (first, first + 6, first + 15):
+        slopes = torch.tensor([(nudged(head, column, step)[0] - nudged(head, column, -step)[0])
+                               / (2 * step) for head in range(len(attention))])
+        expected.append((slopes * attention[:, column]).relu().mean())
+    ours = relevancy_maps(model.requires_grad_(False), images, 0, score).flatten()[[0, 6, 15]]
+    torch.testing.assert_close(ours, torch.stack(expected).double(), rtol=1e-4, atol=1e-12)
+    assert len(blocks) > 1 and ours.max() > 0
+
+
+@pytest.mark.parametrize("name", [
+    "vit_tiny_patch16_224", "deit3_small_patch16_224", "eva02_tiny_patch14_224",
+    "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+def test_timms_models(name):
+    """Tokens are those of timm's own intermediate layers, to the bit; maps are the formula's."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    for name in ("vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "deit3_small_patch16_224"):
-        model = timm.create_model(name, pretrained=False, num_classes=0, img_size=112)
-        model = model.eval().requires_grad_(False)
-        images = torch.randn(1, 3, 112, 112)
-        with torch.inference_mode():
-            theirs = model.forward_intermediates(images, return_prefix_tokens=True, norm=False,
-                                                 intermediates_only=True)
-            theirs = torch.stack([prefix[:, 0] for _, prefix in theirs])
-            assert torch.equal(class_tokens(model, images, range(len(theirs))), theirs)
-        maps = relevancy_maps(model, images, 1, lambda x: x[:, 0])
-        assert (maps >= 0).all() and maps.amax() > 0
+    torch.manual_seed(0)
+    size = 4 * (14 if "patch14" in name else 16)
+    model = timm.create_model(name, pretrained=False, num_classes=0, img_size=size).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        theirs = model.forward_intermediates(images, return_prefix_tokens=True, norm=False,
+                                             intermediates_only=True)
+        theirs = torch.stack([prefix[:, 0] for _, prefix in theirs])
+        assert torch.equal(class_tokens(model, images, range(len(theirs))), theirs)
+    check_map_by_finite_differences(model)
+
+
+@pytest.mark.parametrize("shape", ["dinov2_vits14", "dinov2_vits14_reg", "swiglu"])
+def test_map_of_dinov2_by_finite_differences(dinov2, shape):
+    torch.manual_seed(0)
+    check_map_by_finite_differences(load_dinov2(dinov2, shape))
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "samvit_base_patch16"])
+def test_a_model_without_class_token_is_refused_by_name(name, tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    (tmp_path / "hubconf.py").write_text(
+        f"import timm, torch\ndef {name}():\n    with torch.device('meta'):\n"
+        f"        return timm.create_model({name!r}, pretrained=False)\n")
+    with pytest.raises(BackboneError, match=f"{name} is no vision transformer with a class token"):
+        load_backbone(name, str(tmp_path))
 
 
 def test_attention_of_another_kind_is_refused(vit):

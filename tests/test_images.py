@@ -1,6 +1,7 @@
 """Every layout of images, every kind of image, and what is none of them: one sentence each."""
 import io
 import os
+import runpy
 import shutil
 import struct
 import zlib
@@ -11,6 +12,7 @@ from PIL import Image
 
 from conftest import WNIDS, write_images
 from dinov2_hooks import eval_transform
+from kit import images
 from kit.images import Decoded, find_images, fingerprint, read_image
 from kit.store import InputError
 
@@ -296,3 +298,10 @@ def test_one_image_under_two_names_is_one_image(data):
     images = Decoded(train, eval_transform())
     a, b = (train.names.index(f"{WNIDS[0]}/{name}") for name in ("00.png", "Ünïcode 図.PNG"))
     assert (images[a][0] == images[b][0]).all()
+
+
+@pytest.mark.parametrize("cores, processes, workers", [(2, 1, 2), (128, 8, 16), (128, 1, 16), (4, 8, 1)])
+def test_workers_for_each_process(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert runpy.run_path(images.__file__)["WORKERS"] == workers
