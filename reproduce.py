@@ -1,6 +1,8 @@
 """Does DINOv2's class token, layer by layer, hold the ImageNet hierarchy? (after arXiv 2505.15970)
 
     python reproduce.py --layers all                    the built-in demo, minutes on a CPU
+    python reproduce.py --layers all --data tiny-imagenet --backbone dinov2_vits14
+                                                        DINOv2 on photographs, which it fetches
     python reproduce.py --layers all --data imagenet    the paper's job: dinov2_vitg14, one GPU
 
 Four stages, each of which skips what is already in the output folder:
@@ -56,8 +58,8 @@ def parse_settings(argv=None) -> argparse.Namespace:
         usage=argparse.SUPPRESS, allow_abbrev=False)
     add = parser.add_argument
     add("--layers", default="all", help="blocks, from 0: all, last, 0-11 or 3,7,11 (default: all)")
-    add("--data", help="folder with train/ and val/ of wnid folders, or Kaggle's ImageNet "
-        "(default: $IMAGENET_DIR, ./imagenet, else the built-in demo)")
+    add("--data", help="folder with train/ and val/ of wnid folders, or Kaggle's ImageNet; or "
+        "tiny-imagenet, which is fetched (default: $IMAGENET_DIR, ./imagenet, else the demo)")
     add("--backbone", help="entry point of the hub: dinov2_vits14, _vitb14, _vitl14, _vitg14, each "
         "also with _reg (default: dinov2_vitg14, the paper's)")
     add("--hub", help=f"torch.hub repository, or a folder with a hubconf.py (default: {HUB})")

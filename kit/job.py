@@ -13,6 +13,7 @@ from kit import demo, hub
 from kit.images import Split, find_images
 from kit.process import RANK
 from kit.store import InputError
+from kit.tiny_imagenet import NAME, fetch_tiny_imagenet
 from sae import Training, fast_precision
 from taxonomy import Taxonomy
 
@@ -79,6 +80,8 @@ def prepare(settings: argparse.Namespace) -> Job:
     """Find all that the run needs, and raise what is wrong with it before anything is written."""
     data = settings.data or os.environ.get("IMAGENET_DIR")
     data = data or ("imagenet" if Path("imagenet").is_dir() else None)
+    if data == NAME and not Path(data).is_dir():
+        data = str(fetch_tiny_imagenet())
     if data is None and (settings.backbone or settings.hub):
         raise InputError("--backbone and --hub need images: give --data (the demo has its own ViT)")
     if settings.saes and (settings.push_to_hub or settings.seeds > 1):
