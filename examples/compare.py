@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
 from kit.figures import plt
-from kit.report import markdown, mean_and_spread
+from kit.tables import markdown, mean_and_spread
 
 SAES = [("relu", "0.3"), ("relu", "0.1"), ("relu", "0.03"), ("topk-8", "0"), ("topk-16", "0"),
         ("topk-32", "0")]

@@ -102,7 +102,7 @@ def claims_of_seed(records: list[dict], hypernyms: list[dict]) -> list[dict]:
         y, chance, said = sign * column(name), sign * column(name, "shuffled"), f"layer and {name}"
         said = said if sign > 0 else f"layer and -{name}"
         results += [result(claim, said, rising_trend, y, depth),
-                    result(f"... {name}: by more than under shuffled labels",
+                    result(f"{claim.split(': ')[-1]}, by more than under shuffled labels",
                            f"{said}, true less shuffled", rising_trend, y - chance, depth)]
     agreement = consistency([record["hypernyms"] for record in records])
     results.append(result("near layers agree more than far ones", "nearness and Jaccard (Mantel)",

@@ -55,7 +55,7 @@ def check_token(repo: str) -> None:
 def publish(repo: str, saes: Path, results: Path) -> None:
     """Upload a run's folder of SAEs, with the card in it, and its tables and figures."""
     files = ["README.md", *(f"layer_*/{file}" for file in SAE_FILES)]
-    tables = ["*.csv", "figures/*.png"]  # not the latents' .jpg, which show photographs
+    tables = ["*.csv", "figures/*.png"]  # not the latents' .webp, which show photographs
     for folder, at, patterns in ((saes, None, files), (results, "results", tables)):
         on_the_hub("--push-to-hub", repo, HfApi().upload_folder, repo_id=repo, folder_path=folder,
                    path_in_repo=at, allow_patterns=patterns)

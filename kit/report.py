@@ -1,11 +1,10 @@
-"""What a run leaves for people: tables, pictures of latents, report.html."""
+"""What a run leaves for people: pictures of latents, and report.html."""
 import base64
-import csv
 import itertools
 from html import escape
 from pathlib import Path
 
-import numpy as np
+import matplotlib
 import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
@@ -15,59 +14,10 @@ from tqdm import tqdm
 from dinov2_hooks import relevancy_maps
 from kit.figures import (display_name, draw_consistency, draw_emergence, draw_hierarchy,
                          draw_layers)
-from kit.store import to_json
+from kit.tables import cell, findings, write_tables
 from sae import SparseAutoencoder
 
-
-def cell(value) -> str:
-    if value is None or value != value:
-        return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: list[dict]) -> str:
-    if not rows:
-        return "none"
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def html_table(rows: list[dict]) -> str:
-    if not rows:
-        return "<p>none</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    lines = ["".join(f"<td>{escape(cell(value))}</td>" for value in row.values()) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return (f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
-def over_seeds(rows: list[dict]) -> list[dict]:
-    """Rows that differ in their seed alone as one: of every number mean ± standard deviation."""
-    groups = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("layer", "dictionary", "labels") if name in row)
-        groups.setdefault(key, []).append(row)
-    if all(len(group) == 1 for group in groups.values()):
-        return [{name: value for name, value in row.items() if name != "seed"} for row in rows]
-    merged = []
-    for group in groups.values():
-        row = {}
-        for name in group[0]:
-            if name in ("layer", "dictionary", "labels", "width"):
-                row[name] = group[0][name]
-            elif name != "seed":
-                row[name] = mean_and_spread([one[name] for one in group])
-        merged.append(row)
-    return merged
-
-
-def mean_and_spread(values) -> str:
-    """mean ± standard deviation, None being no number."""
-    values = np.array([np.nan if value is None else value for value in values], float)
-    mean, spread = float(values.mean()), float(values.std())
-    return f"{cell(mean)} ± {cell(spread if spread > 1e-9 * abs(mean) else 0)}"
+TILE = 224  # pixels of a picture's side, twice those on screen
 
 
 def named_latents(rows: list[dict], records: dict[int, dict], count: int = 12) -> list[dict]:
@@ -82,7 +32,7 @@ def named_latents(rows: list[dict], records: dict[int, dict], count: int = 12) -
         for row in filter(None, turn):
             latents.setdefault((row["best_layer"], row["best_latent"]), row)
     chosen = sorted(list(latents.values())[:count], key=lambda row: (-row["height"], -row["match"]))
-    return [{**row, "picture": f"latent_{row['wnid']}.jpg",
+    return [{**row, "picture": f"latent_{row['wnid']}.webp",
              "top_images": records[row["best_layer"]]["hypernyms"][row["wnid"]]["top_images"]}
             for row in chosen]
 
@@ -97,7 +47,7 @@ def chain_to_show(records: dict[int, dict], tree) -> list[dict]:
         name = tree.names[tree.wnids.index(wnid)]
         rows.append({"name": name, "share": share, "best_layer": layer,
                      "best_latent": best["latent"], "top_images": best["top_images"],
-                     "picture": f"latent_chain_{len(rows)}_{wnid}.jpg"})
+                     "picture": f"latent_chain_{len(rows)}_{wnid}.webp"})
     return rows if len(rows) > 1 else []
 
 
@@ -114,18 +64,22 @@ def draw_latents(folder: Path, rows, saes: dict, model, decoded, ids) -> None:
         sae = SparseAutoencoder.from_pretrained(saes[layer]).to(device)
         images = torch.stack([decoded[ids[i]][0] for i in row["top_images"][:8]])
         maps = relevancy_maps(model, images.to(device), layer, lambda x: sae.encode(x)[:, latent])
-        images = interpolate(images * std + mean, (112, 112), mode="bilinear", antialias=True)
-        heat = interpolate(maps.cpu()[:, None], (112, 112), mode="bilinear")
-        heat = heat / heat.amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
-        lit = images * (0.2 + 0.8 * heat.sqrt())  # relevancy is peaked: its root shows more of it
-        grid = make_grid(torch.cat([images, lit]).clamp(0, 1), nrow=len(images), pad_value=1)
-        to_pil_image(grid).save(folder / row["picture"], quality=85)
+        images = interpolate(images * std + mean, (TILE, TILE), mode="bilinear", antialias=True)
+        grid = make_grid(torch.cat([images, overlay(images, maps.cpu())]).clamp(0, 1),
+                         nrow=len(images), padding=4, pad_value=1)
+        to_pil_image(grid).save(folder / row["picture"], quality=75)
 
 
-TABLES = {  # name: columns, for a table without a row
-    "layers": [], "hierarchy": [], "relations": [], "hypernyms": ["wnid", "name"],
-    "consistency": ["layer_a", "layer_b", "jaccard"], "claims": [], "readings": [],
-}
+def overlay(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """images (B, 3, H, W) in grey, under their maps (B, h, w) in colour where these are high."""
+    heat = interpolate(maps[:, None], images.shape[2:], mode="bicubic").clamp(min=0)
+    heat = (heat / heat.amax((1, 2, 3), keepdim=True).clamp(min=1e-30)) ** 0.7  # they are peaked
+    colour = matplotlib.colormaps["inferno"](heat[:, 0].numpy())[..., :3]  # (B, H, W, 3)
+    colour = torch.from_numpy(colour).float().permute(0, 3, 1, 2)
+    grey = images.mean(1, keepdim=True)
+    return grey + (1.6 * heat).clamp(max=0.8) * (colour - grey)
+
+
 FIGURES = {  # name: (alt text, caption), in the order in which to read them
     "layers": (
         "Plots by layer: linear probe accuracy, reconstruction error, active latents.",
@@ -149,59 +103,60 @@ FIGURES = {  # name: (alt text, caption), in the order in which to read them
 }
 
 
-def write_results(folder: Path, title: str, note: str, record: dict, latents, chain, tree) -> str:
-    """Tables (CSV, Markdown, JSON), figures and the report; returns the shorter tables."""
+def write_results(folder: Path, title: str, note: str, record: dict, latents, chain, tree) -> dict:
+    """Tables (CSV, Markdown, JSON), figures and the report; returns the tables for reading."""
     depth = sorted({row["layer"] for row in record["layers"]})
     figures = folder / "figures"
     draw_layers(figures / "layers.png", record["layers"])
     draw_hierarchy(figures / "hierarchy.png", record["hierarchy"], record["hypernyms_possible"])
     draw_consistency(figures / "consistency.png", record.pop("agreement"), depth)
     draw_emergence(figures / "emergence.png", record.pop("all_hypernyms"), depth, tree)
-    for name, columns in TABLES.items():
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, record[name][0] if record[name] else columns)
-            writer.writeheader()
-            writer.writerows(record[name])
-    shown = {name: over_seeds(record[name]) for name in ("layers", "hierarchy", "relations")}
-    shown |= {name: record[name] for name in ("claims", "hypernyms")}
-    sections = {name: f"## {name.capitalize()}\n\n{markdown(rows)}" for name, rows in shown.items()}
-    tables = f"# {title}\n\n{note}\n\n" + "\n\n".join(sections.values()) + "\n"
-    (folder / "tables.md").write_text(tables, encoding="utf-8", errors="backslashreplace")
-    (folder / "results.json").write_text(to_json(record) + "\n")
+    shown = write_tables(folder, title, note, record)
     write_report(folder, title, note, record, shown, latents, chain)
-    return "\n\n".join(sections[name] for name in ("layers", "hierarchy", "claims"))
+    return shown
+
+
+def html_table(rows: list[dict], kind="") -> str:
+    if not rows:
+        return "<p>none</p>"
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    lines = ["".join(f"<td>{escape(cell(value))}</td>" for value in row.values()) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return (f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")
 
 
 def write_report(folder: Path, title: str, note: str, record: dict, shown: dict, latents, chain):
     """report.html: one file that opens from disk, with every figure of `folder` inside."""
-    def figure(name, alt, caption):
+    def figure(name, alt, caption, kind):
         data = base64.b64encode((folder / "figures" / name).read_bytes()).decode()
-        kind = "jpeg" if name.endswith("jpg") else "png"
-        picture = f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{data}">'
-        if name == "emergence.png":
-            picture = f'<div class="wide">{picture}</div>'
-        return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+        source = f"data:image/{name.rsplit('.')[-1]};base64,{data}"
+        return (f'<figure class="{kind}"><div class="wide"><img alt="{escape(alt)}" src="{source}">'
+                f"</div><figcaption>{caption}</figcaption></figure>")
 
     run = record["settings"] | record["made_from"] | record["versions"]
     run |= {f"seconds, {stage}": seconds for stage, seconds in record["seconds"].items()}
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(note)}</p>",
-        "<h2>Claims</h2><p>Each is tested on this run's numbers; the README says how.</p>",
-        html_table(record["claims"]),
+        "<h2>What was found</h2>", *(f"<p>{escape(text)}</p>" for text in findings(record)),
+        "<h2>Claims</h2><p>✓ holds, ○ open, ✗ contradicted: each is tested on this run's numbers, in "
+        "every seed, and where its words allow several readings under each.</p>",
+        html_table(shown["claims"], "claims"),
         "<h2>Figures</h2>",
-        *(figure(f"{name}.png", alt, escape(text)) for name, (alt, text) in FIGURES.items()),
+        *(figure(f"{name}.png", alt, escape(text), f"plot {name}")
+          for name, (alt, text) in FIGURES.items()),
         "<h2>A chain of latents</h2><p>From general to special, in one late layer: the top images "
-        "of each latent, and the share of them on which the one above it fires too.</p>",
+        "of each latent, and where in them it looks.</p>",
     ]
     for row in chain:
         name, share = escape(display_name(row["name"])), row["share"]
         above = "" if share is None else f"; the latent above fires on {share:.0%} of these"
         text = f"<b>{name}</b>: latent {row['best_latent']} of layer {row['best_layer']}{above}"
-        parts.append(figure(row["picture"], f"Top images of the latent for {name}", text))
+        parts.append(figure(row["picture"], f"Top images of the latent for {name}", text, "latent"))
     parts.append(
         "<h2>Named latents</h2><p>For hypernyms of all heights, the latent of any layer that "
-        "matches each best: its top validation images, and below them the same lit where the "
-        "latent looks (gradient-weighted attention rollout).</p>")
+        "matches each best: its top validation images, and the same in grey with the places where "
+        "the latent looks in colour (gradient-weighted attention rollout; bright: most).</p>")
     for row in latents:
         name, lch = (escape(display_name(row[key])) for key in ("name", "lch"))
         parts.append(figure(
@@ -209,11 +164,13 @@ def write_report(folder: Path, title: str, note: str, record: dict, shown: dict,
             f"Top images of the latent for {display_name(row['name'])}, and where it looks in them",
             f"<b>{name}</b> ({row['classes']} classes, height {row['height']}): latent "
             f"{row['best_latent']} of layer {row['best_layer']}, match {row['match']:.2f}, LCH "
-            f"{lch}; {name} emerges in layer {row['emergence_layer']}"))
-    for name in ("layers", "hierarchy", "relations", "hypernyms"):
-        parts.append(f"<h2>{name.capitalize()}</h2>{html_table(shown[name])}")
-    settings = html_table([{"setting": key, "value": value} for key, value in run.items()])
-    parts.append(f"<h2>Settings</h2><details><summary>What was run</summary>{settings}"
+            f"{lch}; {name} emerges in layer {row['emergence_layer']}", "latent"))
+    parts.append("<h2>Tables</h2>")
+    for name in ("by layer", "layers", "hierarchy", "relations", "hypernyms"):
+        parts.append(f"<details{' open' * (name == 'by layer')}><summary>{name.capitalize()}"
+                     f"</summary>{html_table(shown[name])}</details>")
+    settings = html_table([{"setting": key, "value": value} for key, value in run.items()], "run")
+    parts.append(f"<details><summary>Settings and versions</summary>{settings}"
                  "<p>A stage of 0 seconds found its work done.</p></details>")
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
@@ -223,14 +180,26 @@ def write_report(folder: Path, title: str, note: str, record: dict, shown: dict,
 
 
 STYLE = """
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 56rem; margin: 1rem auto; padding: 0 1rem }
-body { color: #111; background: #fff }
-h1 { font-size: 1.5rem; line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
-figure { margin: 1.5rem 0; break-inside: avoid } figcaption { color: #444; font-size: .9rem }
-img { max-width: 100%; height: auto } .wide { overflow-x: auto }
-.wide img { max-width: none; width: 56rem } table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left }
-td { font-variant-numeric: tabular-nums } td:first-child { min-width: 7rem }
-th { background: #f3f3f3 } summary { font-weight: bold }
-@media print { body { max-width: none } .wide { overflow: visible } .wide img { width: 100% } }
+:root { color-scheme: light dark; --text: #111; --back: #fff; --soft: #555; --line: #ccc }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --back: #16181c; --soft: #aaa; --line: #444 } img { filter: brightness(.9) }
+}
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 57rem; margin: 1rem auto; padding: 0 1rem }
+body { color: var(--text); background: var(--back) }
+h1 { font-size: 1.5rem; line-height: 1.2; overflow-wrap: anywhere }
+h2 { margin-top: 2.5rem; break-after: avoid; border-bottom: 1px solid var(--line) }
+figure { margin: 1.5rem 0; break-inside: avoid } figcaption { color: var(--soft) }
+img { display: block; width: 100%; border-radius: 4px } .plot img { max-width: 50rem }
+.consistency img { max-width: 32rem }
+.wide { overflow-x: auto } .latent img, .emergence img { min-width: 45rem; max-width: none }
+table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left }
+td { font-variant-numeric: tabular-nums; white-space: nowrap }
+.claims td:nth-child(2), .run td { white-space: normal; min-width: 12rem }
+summary { font-weight: bold; cursor: pointer; padding: .3rem 0 }
+@media print {
+  body { max-width: none } .wide { overflow: visible } .plot img { max-width: 34rem }
+  table { font-size: .6rem }
+  .latent img, .emergence img { min-width: 0 } td { white-space: normal; padding: .1rem .25rem }
+}
 """

@@ -144,7 +144,7 @@ def test_published_loaded_and_scored(data, hub, tmp_path, work, server):
     card = files["README.md"].decode()
     assert card.startswith("---\nlicense: mit")
     assert 'from_pretrained("me/saes", subfolder="layer_02")' in card
-    assert "| layer | width |" in card and "| claim |" in card
+    assert "| layer | probe |" in card and "| claim |" in card
     for path in (tmp_path, hub):  # nothing of this machine
         assert not any(str(path).encode() in content for content in files.values())
 

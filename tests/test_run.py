@@ -16,11 +16,12 @@ import torch
 import reproduce
 from conftest import WNIDS, refused, results, small_run, write_images
 from kit import demo, recording, report
+from kit.tables import findings
 from kit.store import InputError
 from kit.claims import claims_of_seed, combine, reading_rows
 from kit.job import parse_layers, trainings_of
 from reproduce import main, parse_settings
-from sae import SparseAutoencoder
+from sae import SparseAutoencoder, fast_precision
 from taxonomy import Taxonomy
 from test_store import flip
 
@@ -51,7 +52,7 @@ def test_whole_run(data, hub, capsys):
         "claim verdict seeds readings value spread low high p_value statistic").split()
     record = json.loads(Path("out/results/results.json").read_text())
     assert record["settings"]["backbone"] == "small_vit" and record["versions"]["torch"]
-    assert record["made_from"]["precision"] == "float32"
+    assert record["made_from"]["precision"] == fast_precision("cpu")
     assert float(layers[1]["fvu"]) == record["layers"][1]["fvu"]
     assert list(read_csv("hypernyms")[0]) == (
         "wnid name classes height emergence_layer best_layer best_latent match lch").split()
@@ -59,7 +60,8 @@ def test_whole_run(data, hub, capsys):
     assert pairs == [("0", "1"), ("0", "2"), ("1", "2")]
     assert os.path.getsize("out/results/tables.md") > 500
     printed = capsys.readouterr().out
-    assert "## Layers" in printed and "out/results" in printed
+    assert "category information grows with depth: ρ = " in printed
+    assert "out/results/report.html" in printed and len(printed) < 6000
     assert not [*Path("out").rglob("*.part"), *Path("out").rglob("progress_*")]
 
     # the SAE's statistics are the train split's, and it takes raw tokens
@@ -89,13 +91,43 @@ def test_report_is_one_safe_file(data, hub, tmp_path, monkeypatch):
     text = Path("out/results/report.html").read_text()
     assert "<b>'" not in text and "&lt;b&gt;" in text
     sources = re.findall(r"(?:src|href|url|@import)[=( ]*[\"']?([^\"' >)]*)", text)
-    assert sources and all(re.match("data:image/(png|jpeg);base64,", one) for one in sources)
+    assert sources and all(re.match("data:image/(png|webp);base64,", one) for one in sources)
     without = re.sub("data:image/[a-z]*;base64,[^\"]*", "", text)
     assert "<script" not in text and "http" not in without
     images = re.findall("<img [^>]*>", text)
     assert len(images) >= 4 and all(re.search('alt="[^"]{20,}"', image) for image in images)
     for name in ("layers", "hierarchy", "consistency", "emergence"):
         assert os.path.getsize(f"out/results/figures/{name}.png") > 5000
+
+
+def test_sentences_are_made_from_the_numbers():
+    def scores(layer, seed, dictionary, labels, lch):
+        return {"layer": layer, "seed": seed, "dictionary": dictionary, "labels": labels,
+                "hypernyms_lch": lch, "hypernyms_matched": 2 * lch, "iou": lch / 100,
+                "lch_height_pairwise": 9.0 - layer}
+
+    kinds = {("sae", "true"): 30, ("sae", "shuffled"): 1, ("neurons", "true"): 4,
+             ("untrained", "true"): 7}
+    record = {
+        "hypernyms_possible": 101,
+        "layers": [{"layer": n, "seed": s, "probe_top1": 0.1 * n + 0.2} for n in (0, 5) for s in (0, 1)],
+        "hierarchy": [scores(n, s, *kind, lch + 2 * s * (kind == ("sae", "true")))
+                      for n in (0, 5) for s in (0, 1) for kind, lch in kinds.items()],
+        "relations": [{"layer": n, "seed": s, "dictionary": "sae", "related": 0.75,
+                       "unrelated": 0.125} for n in (0, 5) for s in (0, 1)],
+    }
+    found = findings(record)
+    assert found[0].startswith("In layer 5, the last, 31 ± 1 of 101 hypernyms are the lowest common")
+    assert "(untrained SAE 7, raw neurons 4, shuffled labels 1), and 62 ± 2 are matched" in found[0]
+    assert "from 0.2 to 0.7, " in found[1] and "goes from 9 to 4 edges (shuffled labels: 9 to 4)" in found[1]
+    assert "IoU of 0.31 ± 0.01 on average (untrained SAE 0.07, raw neurons 0.04); a" in found[2]
+    assert "fires on 0.75 of" in found[2] and "on 0.125 of" in found[2]
+    for rows in (record["layers"], record["hierarchy"], record["relations"]):
+        rows[:] = [row for row in rows if row["layer"] == 5]
+        rows[0]["related"] = None
+    found = findings(record)
+    assert found[1].startswith("There the accuracy of a linear probe is 0.7, and")
+    assert found[2].endswith("raw neurons 0.04).")
 
 
 def snapshot(folder):
@@ -228,15 +260,19 @@ def test_layers_that_are_none(text):
 
 
 def test_fitting_batch_size():
+    def trainings(rows, *arguments):
+        settings = parse_settings(list(arguments))
+        settings.sae_precision = "float32"
+        return trainings_of(settings, rows)
+
     def batch_size(rows, epochs=50):
-        return trainings_of(parse_settings(["--epochs", str(epochs)]), rows)[0].batch_size
+        return trainings(rows, "--epochs", str(epochs))[0].batch_size
 
     assert batch_size(1_281_167) == 4096 and batch_size(20_000) == 512 and batch_size(9) == 9
     for rows in (100, 3000, 10**5):
         assert rows * 50 // batch_size(rows) >= 1500 or batch_size(rows) == 16
-    given = parse_settings(["--batch-size", "77", "--seed", "5", "--seeds", "3"])
-    assert [(one.batch_size, one.seed) for one in trainings_of(given, 100)] == [
-        (77, 5), (77, 6), (77, 7)]
+    given = trainings(100, "--batch-size", "77", "--seed", "5", "--seeds", "3")
+    assert [(one.batch_size, one.seed) for one in given] == [(77, 5), (77, 6), (77, 7)]
 
 
 def records_of(depth, slope, rng=None):
@@ -294,7 +330,7 @@ def test_seeds_and_their_spread(data, hub):
     assert [row["layer"] + row["seed"] for row in read_csv("layers")] == "04 05 14 15 24 25".split()
     both = [float(row["fvu"]) for row in read_csv("layers") if row["layer"] == "1"]
     table = Path("out/results/tables.md").read_text()
-    assert f"{np.mean(both):.3g} ± {np.std(both):.3g}" in table
+    assert f"{np.mean(both):.3g} ± {np.std(both):.1g}" in table
     assert all(row["seeds"] in ("0/2", "1/2", "2/2", "") for row in read_csv("claims"))
     second = [row for row in read_csv("hierarchy") if row["seed"] == "5"]
     assert main(small_run(data, hub, "--seed", "5")) == 0  # is the second of the two

@@ -3,6 +3,7 @@ import hashlib
 import io
 import shutil
 import threading
+import urllib.request
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,6 +58,7 @@ def server(archive, monkeypatch):
 
     for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(scheme, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # which remembers an earlier test's proxy
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"
