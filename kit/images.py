@@ -145,8 +145,8 @@ def read_image(path) -> Image.Image:
 
 
 class Decoded(torch.utils.data.Dataset):
-    """Image i -> (tensor (3, H, W), "", False); where it cannot be read: (a blank, why, whether
-    that is the system's fault and not the image's)."""
+    """Image i -> (tensor (3, H, W), "", False). If it cannot be read: (a blank tensor, the reason,
+    True if the system is at fault and not the image)."""
 
     def __init__(self, split: Split, transform):
         self.split, self.transform = split, transform

@@ -56,7 +56,8 @@ def record_split(model, transform, split, layers, folder, made_from, skip_bad=Fa
 
 
 def record_layers(model, transform, split, layers, folder, made_from, skip_bad: bool) -> None:
-    """This process's share of a pass over the images, from where it was left; then its end."""
+    """Record this process's share of the images, from where it was left off. When all processes
+    are done, write each layer's record."""
     N, width = len(split.names), model.cls_token.shape[-1]
     steps = -(-N // images.BATCH)  # shares are whole batches: any number of ranks computes the same
     shares = [min(N, rank * steps // WORLD * images.BATCH) for rank in range(WORLD + 1)]
@@ -111,7 +112,7 @@ def remove_progress(folder: Path) -> None:
 
 
 def finish_layer(path: Path, left_out: dict[str, str], made_from: dict) -> None:
-    """Take out the rows of what was no image; write all that is to be known of the layer."""
+    """Remove the rows of images that could not be read; write the layer's record."""
     if left_out:
         with atomic_write(path) as part, open(part, "wb") as file:
             rows = np.load(path, mmap_mode="r")
@@ -122,7 +123,7 @@ def finish_layer(path: Path, left_out: dict[str, str], made_from: dict) -> None:
 
 
 def token_file(record: dict) -> Path:
-    """The file of a layer's tokens, looked at once a run; Stale if it is not what was recorded."""
+    """The path of a layer's token file. Once a run its checksum is compared: Stale if it differs."""
     if not record.get("intact"):
         check_file(record["path"], record["tokens"])
         record["intact"] = True
@@ -130,6 +131,6 @@ def token_file(record: dict) -> Path:
 
 
 def statistics_of(record: dict) -> Statistics:
-    """Of a layer's tokens, as they were taken when it was recorded."""
+    """The statistics of a layer's tokens, from its record."""
     mean, variance, *norms = record["statistics"]
     return Statistics(*(torch.tensor(x, dtype=torch.float64) for x in (mean, variance)), *norms)

@@ -119,7 +119,8 @@ def check_file(path: Path, crc: int) -> Path:
 
 
 def reuse(path: Path, made_from: dict) -> dict | None:
-    """read_record for what is made again at little cost: None where it is Stale, with a word."""
+    """As read_record, but None where that would be Stale: it says why, and the caller makes the
+    thing again. Not for class tokens, which cost hours."""
     try:
         return read_record(path, made_from)
     except Stale as stale:

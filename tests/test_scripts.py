@@ -66,6 +66,20 @@ def test_compare(data, hub, work, monkeypatch, capsys):
     assert compare.main(["--data", "nowhere", "--out", "never"]) == 2
 
 
+def test_walkthrough(data, hub, work, monkeypatch, capsys):
+    text = (ROOT / "examples/walkthrough.py").read_text()
+    assert len(text.splitlines()) <= 90 and "reproduce" not in text and "kit." not in text
+    for given, small in (("= 11, 50", "= 2, 6"), ("batch_size=256, epochs=50", "batch_size=8, epochs=2")):
+        assert text.count(given) == 1
+        text = text.replace(given, small)
+    path = ROOT / "examples/walkthrough.py"
+    monkeypatch.setattr(sys, "argv", [str(path), str(data / "train"), "small_vit", str(hub)])
+    exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": str(path)})
+    said = capsys.readouterr().out
+    assert "variance left" in said and "mean LCH height" in said
+    assert Path("walkthrough/latent.png").stat().st_size > 10_000
+
+
 def match_everything(out):
     """A random ViT matches nothing: say that it did, so that there are latents to look at."""
     path = Path(out, "results/results.json")
