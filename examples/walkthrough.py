@@ -56,10 +56,12 @@ latent = scores.hypernym_latent[place]
 print(f"variance left {profile.reconstruction.fvu:.2f}, {profile.reconstruction.l0:.0f} latents fire")
 print(f"latent {latent} matches {names[place]} by {scores.hypernym_match[place]:.2f}")
 
-# %% 4. LCH height. The lowest common hypernym of a latent's top images says how general it is: its
-# height is the number of edges down to the classes. Latents that mean nothing meet near the root.
-print(f"mean LCH height {scores.height.mean():.1f} of {tree.height.max()}, of this latent "
-      f"{scores.height[scores.latents == latent].max()}; hypernyms matched: "
+# %% 4. LCH height. The lowest common hypernym (LCH) of two of a latent's top images says how general
+# the latent is: its height is the number of edges down to the classes. The mean is taken over pairs:
+# the LCH of all top images at once is near the root as soon as one of them is a stray.
+height = scores.height_pairwise
+print(f"mean LCH height {height.mean():.1f}, the root's is {tree.height.max()}, this latent's "
+      f"{height[scores.latents == latent].max():.1f}; hypernyms matched: "
       + ", ".join(n for n, match in zip(names, scores.hypernym_match) if match > 0.5))
 
 # %% 5. Where the latent looks: the gradient of its value by every attention weight, rolled out from
