@@ -82,7 +82,8 @@ def claims_in_short(claims: list[dict]) -> list[dict]:
     rows = []
     for row in claims:
         value = cell(row["value"]) + (f" ± {row['spread']:.1g}" if row["spread"] else "")
-        sure = f"p ≤ {row['p_value']:.2g}" if row["p_value"] is not None else None
+        p, of = row["p_value"], "=" if (row["seeds"] or "").endswith("/1") else "≤"  # the worst
+        sure = f"p {of} {p:.2g}" if p is not None and p == p else None
         if row["low"] is not None:
             sure = f"{row['low']:.2g} to {row['high']:.2g}"
         rows.append({
