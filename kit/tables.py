@@ -84,7 +84,7 @@ def claims_in_short(claims: list[dict]) -> list[dict]:
         value = cell(row["value"]) + (f" ± {row['spread']:.1g}" if row["spread"] else "")
         p, of = row["p_value"], "=" if (row["seeds"] or "").endswith("/1") else "≤"  # the worst
         sure = f"p {of} {p:.2g}" if p is not None and p == p else None
-        if row["low"] is not None:
+        if row["low"] is not None and row["low"] == row["low"]:
             sure = f"{row['low']:.2g} to {row['high']:.2g}"
         rows.append({
             "": MARKS[row["verdict"]], "claim": row["claim"], "verdict": row["verdict"],
