@@ -12,7 +12,7 @@ from PIL import Image
 
 from kit.store import InputError
 
-BATCH = 64  # images through the backbone at once; ViT-g/14 then fits a card of 12 GB
+BATCH = 64  # images through the backbone at once; ViT-g/14 then takes 6 GB of a card
 PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this run on this machine
 WORKERS = max(1, min(os.cpu_count() or 1, 16 * PROCESSES) // PROCESSES)  # that decode, for each
 ENDINGS = tuple(".jpeg .jpg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())

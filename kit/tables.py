@@ -18,7 +18,9 @@ COMPARED = {"SAE": ("sae", "true"), "untrained": ("untrained", "true"),
 def cell(value) -> str:
     if value is None or value != value:
         return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def markdown(rows: list[dict]) -> str:
