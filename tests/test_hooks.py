@@ -1,4 +1,6 @@
 """Hooks against DINOv2's own get_intermediate_layers, timm and a forward pass by hand."""
+import copy
+import functools
 import sys
 import warnings
 
@@ -44,6 +46,7 @@ def test_layer_out_of_range(vit):
         class_tokens(vit, torch.randn(1, 3, 16, 16), [0, 3])
 
 
+@functools.cache
 def load_dinov2(folder, shape):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -131,7 +134,8 @@ def test_transform_is_the_one_timm_makes(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     from PIL import Image
 
-    model = timm.create_model(name, pretrained=False)
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8))
     assert torch.equal(transform_of(model)(picture), theirs(picture))
@@ -277,7 +281,7 @@ class Nudge(TorchFunctionMode):
 
 def check_map_by_finite_differences(model):
     """The first block's map by its formula, with dscore/dA by nudging entries of the attention."""
-    model, (blocks, n) = model.double(), (blocks_of(model), model.cls_token.shape[-1])
+    model, n = copy.deepcopy(model).double(), model.cls_token.shape[-1]
     crop = 4 * next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)).stride[0]
     images, direction = torch.randn(1, 3, crop, crop, dtype=torch.float64), torch.randn(n).double()
 
@@ -299,7 +303,7 @@ def check_map_by_finite_differences(model):
         expected.append((slopes * attention[:, column]).relu().mean())
     ours = relevancy_maps(model.requires_grad_(False), images, 0, score).flatten()[[0, 6, 15]]
     torch.testing.assert_close(ours, torch.stack(expected).double(), rtol=1e-4, atol=1e-12)
-    assert len(blocks) > 1 and ours.max() > 0
+    assert ours.max() > 0
 
 
 @pytest.mark.parametrize("name", [
@@ -310,7 +314,7 @@ def test_timms_models(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     size = 4 * (14 if "patch14" in name else 16)
-    model = timm.create_model(name, pretrained=False, num_classes=0, img_size=size).eval()
+    model = timm.create_model(name, pretrained=False, num_classes=0, img_size=size, depth=3).eval()
     images = torch.randn(2, 3, size, size)
     with torch.inference_mode():
         theirs = model.forward_intermediates(images, return_prefix_tokens=True, norm=False,

@@ -60,7 +60,7 @@ def server(archive, monkeypatch):
         monkeypatch.delenv(scheme, raising=False)
     monkeypatch.setattr(urllib.request, "_opener", None)  # which remembers an earlier test's proxy
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"
     monkeypatch.setattr(tiny_imagenet, "URL", url)
     monkeypatch.setattr(tiny_imagenet, "MD5", hashlib.md5(archive).hexdigest())
