@@ -15,6 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+told = set()  # reasons why things are made again, each said once
+
+
 class InputError(ValueError):
     """What the run cannot go on with: one sentence that names the thing and the way out."""
 
@@ -124,5 +127,10 @@ def reuse(path: Path, made_from: dict) -> dict | None:
     try:
         return read_record(path, made_from)
     except Stale as stale:
-        tqdm.write(f"      {stale}: it is made again")
+        reason = str(stale).partition(" was made ")[2]
+        if reason not in told:
+            others = ", and all else of which this is true" if reason else ""
+            tqdm.write(f"      {stale}: it is made again{others}")
+        if reason:
+            told.add(reason)
         return None

@@ -107,24 +107,22 @@ def findings(record: dict) -> list[str]:
                 for of in others]
         return value_of(record, "hierarchy", column, last), ", ".join(rest)
 
-    def way(table, column, of="SAE"):
-        values = [value_of(record, table, column, layer, of) for layer in (first, last)]
-        return " to ".join(dict.fromkeys(values))
+    def way(table, column, of="SAE", goes="goes from ", stays="is "):
+        values = dict.fromkeys(value_of(record, table, column, n, of) for n in (first, last))
+        return (goes if len(values) == 2 else stays) + " to ".join(values)
 
     lch, lch_rest = compared("hypernyms_lch")
     matched, matched_rest = compared("hypernyms_matched")
     iou, iou_rest = compared("iou", ("untrained", "neurons"))
     fires = [value_of(record, "relations", column, last) for column in ("related", "unrelated")]
-    start, goes = f"From layer {first} to layer {last}", "goes from"
-    if first == last:
-        start, goes = "There", "is"
+    start = f"From layer {first} to layer {last}" if first < last else "There"
     sentences = [
         f"In layer {last}{', the last,' * (first != last)} {lch} of {record['hypernyms_possible']} hypernyms are the "
         f"lowest common hypernym (LCH) of some latent's top images ({lch_rest}), and {matched} are "
         f"matched by the classes that some latent responds to ({matched_rest}).",
-        f"{start} the accuracy of a linear probe {goes} {way('layers', 'probe_top1')}, and the mean "
-        f"height of the LCH of two of a latent's top images {goes} {way('hierarchy', 'lch_height_pairwise')} "
-        f"edges (shuffled labels: {way('hierarchy', 'lch_height_pairwise', 'shuffled labels')}).",
+        f"{start} the accuracy of a linear probe {way('layers', 'probe_top1')}, and the mean height "
+        f"of the LCH of two of a latent's top images {way('hierarchy', 'lch_height_pairwise')} edges "
+        f"(shuffled labels: {way('hierarchy', 'lch_height_pairwise', 'shuffled labels', '', '')}).",
         f"Over images, a hypernym and the latent that fits it best overlap by an IoU of {iou} on "
         f"average ({iou_rest})"]
     if "–" not in fires[0]:
