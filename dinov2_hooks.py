@@ -85,16 +85,16 @@ def eval_transform(resize: int = 256, crop: int = 224, interpolation="bicubic",
 
 
 def transform_of(model: nn.Module):
-    """The transform that the model's `pretrained_cfg` asks for, as timm's have it; else DINOv2's.
+    """The transform that the model asks for in `pretrained_cfg`, a dict as timm's models have it;
+    DINOv2's where it says nothing.
 
-    timm's is that of timm's weights: a model with other weights in it may need another.
+    timm's dict describes timm's weights: a model with other weights in it may need another.
     """
-    asked = getattr(model, "pretrained_cfg", None)
-    if not asked:
-        return eval_transform()
-    crop = asked["input_size"][-1]
-    resize = math.floor(crop / asked["crop_pct"])
-    return eval_transform(resize, crop, asked["interpolation"], asked["mean"], asked["std"])
+    asked = getattr(model, "pretrained_cfg", None) or {}
+    crop = asked.get("input_size", (3, 224, 224))[-1]
+    resize = math.floor(crop / asked.get("crop_pct", 224 / 256))
+    known = {name: asked[name] for name in ("interpolation", "mean", "std") if name in asked}
+    return eval_transform(resize, crop, **known)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -143,6 +143,8 @@ def test_transform_is_the_one_timm_makes(name):
 
 def test_transform_is_dinov2s_where_the_model_says_nothing(vit):
     assert str(transform_of(vit)) == str(eval_transform())
+    vit.pretrained_cfg = {"mean": (0.1, 0.2, 0.3)}
+    assert str(transform_of(vit)) == str(eval_transform(mean=(0.1, 0.2, 0.3)))
 
 
 def test_load_backbone_from_a_local_folder(hub):
