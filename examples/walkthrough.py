@@ -1,14 +1,16 @@
 """From photographs to a latent that knows what a dog is, on the kit's four modules alone.
 
-    python examples/walkthrough.py data/tiny-imagenet-200/train     or cell by cell in an editor
+    python examples/walkthrough.py [DATA BACKBONE HUB]      or cell by cell in an editor
 
-DATA holds a folder of photographs for each class, named by its wnid.
+DATA holds a folder of photographs for each class, named by its wnid: the README says how to fetch
+Tiny ImageNet.
 """
 # %% Settings
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the modules are
+HERE = globals().get("__file__", "examples/walkthrough.py")  # in a notebook there is none
+sys.path.insert(0, str(Path(HERE).resolve().parent.parent))  # where the modules are
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -19,17 +21,18 @@ from metrics import profile_latents, score_hierarchy
 from sae import ActivationBuffer, Training, fast_precision, train_sae
 from taxonomy import Taxonomy
 
-DATA = Path(sys.argv[1] if len(sys.argv) > 1 else "data/tiny-imagenet-200/train")
-BACKBONE, HUB = sys.argv[2:4] if len(sys.argv) > 3 else ("dinov2_vits14", HUB)
+GIVEN = [] if hasattr(sys, "ps1") else sys.argv[1:]  # a notebook has no arguments of ours
+DATA, BACKBONE, HUB = GIVEN + ["data/tiny-imagenet-200/train", "dinov2_vits14", HUB][len(GIVEN) :]
 LAYER, IMAGES, OUT = 11, 50, Path("walkthrough")  # a block; images a class, twice; where files go
 
 # %% 1. Class tokens. A ViT sums an image up in one vector, the class token. A forward hook takes it
 # after block LAYER: n numbers an image, in one file a split. Rows have to be in random order.
 model = load_backbone(BACKBONE, HUB)
-transform, classes = transform_of(model), sorted(path.name for path in DATA.glob("n*"))
+transform, classes = transform_of(model), sorted(path.name for path in Path(DATA).glob("n*"))
+assert classes, f"no wnid folders in {DATA}: the README says how to fetch some"
 for split, some in (("train", slice(IMAGES)), ("val", slice(IMAGES, 2 * IMAGES))):
     paths = [(path, c) for c, wnid in enumerate(classes)
-             for path in sorted((DATA / wnid).rglob("*.[JjPp]*"))[some]]
+             for path in sorted(Path(DATA, wnid).rglob("*.[JjPp]*"))[some]]
     paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
     width, precision = model.cls_token.shape[-1], fast_precision("cpu")
     files = TokenFiles(OUT / split, [LAYER], len(paths), width, precision)
