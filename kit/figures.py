@@ -16,6 +16,7 @@ STYLES = {
     ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons, as sparse"),
     ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE, as sparse"),
 }
+DPI = 220  # twice what a screen shows
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
@@ -30,7 +31,7 @@ def _panel(axis, title, ylabel, **more):
 
 
 def _finish(figure, path: Path):
-    figure.savefig(path, dpi=220)  # twice what a screen shows
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 

@@ -83,9 +83,11 @@ def write_hub(folder: Path) -> Path:
 def make_quick(set_attribute=setattr, figures=False):
     """A small run's time is mostly that of its figures and of the 3,000 steps of its probes."""
     import metrics
+    from kit import figures as drawn
     from kit import report
 
     set_attribute(metrics, "probe_steps", lambda rows: (3, max(1, rows // 256)))
+    set_attribute(drawn, "DPI", 40)
     if not figures:
         def picture(path, *of, **more):
             path.write_bytes(b"no picture")
