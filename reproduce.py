@@ -324,9 +324,8 @@ def run(settings: argparse.Namespace) -> None:
     counts = len(job.train.names), len(job.val.names)
     parts = plan.plan(job.model, job.transform, *counts, job.layers, job.trainings)
     if settings.plan:
-        images = Decoded(job.train, job.transform)
-        parts = plan.with_seconds(parts, job.model, images, *counts, job.trainings[0],
-                                  settings.token_precision)
+        parts = plan.with_seconds(parts, job.model, job.train, job.transform, counts[1],
+                                  job.trainings[0], settings.token_precision)
     print(plan.table(parts))
     if settings.plan:
         return

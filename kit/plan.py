@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_hooks import class_tokens
-from kit.images import BATCH, WORKERS
+from kit.images import BATCH, Split, batches
 from kit.process import WORLD, size
 from sae import ActivationBuffer, Training, train_sae
 
@@ -37,22 +37,21 @@ def plan(model, transform, train: int, val: int, layers, trainings) -> list[Part
             Part("SAEs", saes * 4 * weights, saes * steps * 5 * training.batch_size * weights)]
 
 
-def with_seconds(parts: list[Part], model, decoded, train: int, val: int, training: Training,
+def with_seconds(parts: list[Part], model, split: Split, transform, val: int, training: Training,
                  precision: str) -> list[Part]:
-    """The parts with the time they take here; decoded[i][0] is an image (3, H, W)."""
-    start = time.perf_counter()
-    images = torch.stack([decoded[i][0] for i in range(min(16, train))])
-    decode = (time.perf_counter() - start) / len(images)
-    n, device = model.cls_token.shape[-1], model.cls_token.device.type
-    images = images.repeat(-(-BATCH // len(images)), 1, 1, 1)[:BATCH].to(device)
+    """The parts with the time they take here, from a trial on some training images."""
+    n, device, train = model.cls_token.shape[-1], model.cls_token.device.type, len(split.names)
+    times = [time.perf_counter()]
     with torch.inference_mode():
-        class_tokens(model, images, [0], precision)  # the first time is not typical
-        start = time.perf_counter()
-        class_tokens(model, images, [0], precision).cpu()
-        forward = (time.perf_counter() - start) / BATCH
-    # on a CPU decoding and the backbone share the cores
-    an_image = (max(forward, decode / max(WORKERS, 1)) if device == "cuda"
-                else forward + decode / torch.get_num_threads())
+        for images, *_ in batches(split, transform, 0, min(train, 16 * BATCH), device == "cuda"):
+            class_tokens(model, images.to(device), [0], precision).cpu()
+            times.append(time.perf_counter())
+            if len(times) > 2 and times[-1] - times[1] > 10:
+                break
+    rows = min(train, (len(times) - 1) * BATCH)
+    if len(times) > 2:  # the first batch waits for the workers to start
+        times, rows = times[1:], rows - BATCH
+    an_image = (times[-1] - times[0]) / rows
     times = []
 
     def watch(step, steps, loss):

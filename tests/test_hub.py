@@ -80,7 +80,7 @@ TOKENS, SHA = ("Bearer write", "Bearer read"), "0123456789abcdef0123456789abcdef
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.repos = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.shutdown()
 
