@@ -83,6 +83,7 @@ def test_whole_run(data, hub, capsys):
 
 def test_report_is_one_safe_file(data, hub, tmp_path, monkeypatch):
     monkeypatch.undo()  # with figures
+    monkeypatch.setattr("kit.figures.DPI", 100)
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr("metrics.probe_steps", lambda rows: (1, 1))
     tricky = tmp_path / "<b>'\"&\udcff\n.d"
