@@ -162,8 +162,8 @@ class TokenFiles:
 
     @torch.inference_mode()
     def record(self, model: nn.Module, images: torch.Tensor, first_row: int, names=None) -> None:
-        """Begin with images (B, 3, H, W), whose class tokens belong in the rows from `first_row` on;
-        then write the batch before.
+        """Begin with images (B, 3, H, W), whose class tokens belong in the rows from `first_row`
+        on; then write the batch before.
 
         Raises BackboneError for a token of that batch that is not finite in fp16: `names` are of
         the images.

@@ -37,7 +37,7 @@ from kit.process import (RANK, WORLD, check_disk, keep_freed_memory, lock, of_th
                          run_as_command, wait_for_all)
 from kit.recording import record_split, statistics_of, token_file
 from kit.store import atomic_write, checksum, hash_of, read_record, reuse, write_record
-from kit.tables import findings, markdown
+from kit.tables import markdown
 from metrics import (best_latents, consistency, hypernym_rows, iou_draws, linear_probe,
                      profile_latents, readings, relate, score_hierarchy, sparse_units)
 from sae import SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training, train_sae
@@ -240,12 +240,14 @@ def make_results(job: Job, folders: dict, record: dict, scores: dict, tokens: di
         (folder / "figures").mkdir(parents=True)
         report.draw_latents(folder / "figures", latents + chain, saes, job.model,
                             Decoded(job.val, job.transform), tokens["val"]["ids"])
-        shown = report.write_results(folder, title, job.note, record, latents, chain, job.tree)
-    print("\n" + "\n\n".join(findings(record)) + "\n")
+        found, shown = report.write_results(folder, title, job.note, record, latents, chain,
+                                            job.tree)
+    print("\n" + "\n\n".join(found) + "\n")
     for row in shown["claims"]:
         sure = "" if row["p, or 95% interval"] is None else f", {row['p, or 95% interval']}"
         print(f"  {row['']} {row['claim']}: {row['value']}{sure}")
-    print(f"\n{job.note}\nReport: {job.out / 'results/report.html'}; tables beside it; SAEs: {root}")
+    print(f"\n{job.note}\nReport: {job.out / 'results/report.html'}; tables beside it; "
+          f"SAEs: {root}")
     if not settings.saes:
         repo = settings.push_to_hub or "USER/NAME"
         tables = f"{markdown(shown['by layer'])}\n\n{markdown(shown['claims'])}"

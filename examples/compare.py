@@ -6,7 +6,7 @@ Takes the arguments of reproduce.py, runs it once for each SAE (in one output fo
 tokens are recorded once) and writes comparison.md and comparison.png there: mean ± standard
 deviation over seeds, each beside an untrained SAE that fires as seldom.
 """
-import csv
+import json
 import sys
 from pathlib import Path
 
@@ -15,18 +15,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
 from kit.figures import plt
-from kit.tables import markdown, mean_and_spread
+from kit.tables import markdown, mean_and_spread, values_of
 
 SAES = [("relu", "0.3"), ("relu", "0.1"), ("relu", "0.03"), ("topk-8", "0"), ("topk-16", "0"),
         ("topk-32", "0")]
-
-
-def read(out: Path, table: str, column: str, layer: str, dictionary=None) -> np.ndarray:
-    """The values of a column, one a seed."""
-    with open(out / f"results/{table}.csv", newline="") as file:
-        return np.array([float(row[column] or "nan") for row in csv.DictReader(file)
-                         if row["layer"] == layer and row.get("labels", "true") == "true"
-                         and row.get("dictionary") == dictionary])
 
 
 def main(arguments: list[str]) -> int:
@@ -38,23 +30,23 @@ def main(arguments: list[str]) -> int:
         if code:
             return code
         name = f"ReLU, λ = {l1}" if activation == "relu" else f"TopK, K = {activation[5:]}"
-        with open(out / "results/layers.csv", newline="") as file:
-            layers = list(dict.fromkeys(row["layer"] for row in csv.DictReader(file)))
+        record = json.loads((out / "results/results.json").read_text())
+        layers = list(dict.fromkeys(row["layer"] for row in record["layers"]))
         for layer in layers:
-            row = {"layer": int(layer), "SAE": name}
-            for title, table, column, dictionary in [
-                ("FVU", "layers", "fvu", None), ("L0", "layers", "l0", None),
-                ("dead", "layers", "dead", None),
-                ("pairwise LCH height", "hierarchy", "lch_height_pairwise", "sae"),
-                ("matched", "hierarchy", "hypernyms_matched", "sae"),
+            row = {"layer": layer, "SAE": name}
+            for title, table, column, of in [
+                ("FVU", "layers", "fvu", "SAE"), ("L0", "layers", "l0", "SAE"),
+                ("dead", "layers", "dead", "SAE"),
+                ("pairwise LCH height", "hierarchy", "lch_height_pairwise", "SAE"),
+                ("matched", "hierarchy", "hypernyms_matched", "SAE"),
                 ("untrained: matched", "hierarchy", "hypernyms_matched", "untrained"),
-                ("IoU", "hierarchy", "iou", "sae"),
+                ("IoU", "hierarchy", "iou", "SAE"),
                 ("untrained: IoU", "hierarchy", "iou", "untrained"),
                 ("neurons: IoU", "hierarchy", "iou", "neurons"),
-                ("related share", "relations", "related", "sae"),
+                ("related share", "relations", "related", "SAE"),
                 ("untrained: related", "relations", "related", "untrained"),
             ]:
-                values = read(out, table, column, layer, dictionary)
+                values = values_of(record, table, column, layer, of)
                 row[title] = mean_and_spread(values)
                 points[name, layer, title] = float(np.mean(values)), float(np.std(values))
             rows.append(row)

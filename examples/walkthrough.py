@@ -2,8 +2,7 @@
 
     python examples/walkthrough.py [DATA BACKBONE HUB]      or cell by cell in an editor
 
-DATA holds a folder of photographs for each class, named by its wnid: the README says how to fetch
-Tiny ImageNet.
+DATA: a folder of photographs for each class, named by its wnid; the README says how to fetch some.
 """
 # %% Settings
 import sys
@@ -41,7 +40,7 @@ for split, some in (("train", slice(IMAGES)), ("val", slice(IMAGES, 2 * IMAGES))
         files.record(model, torch.stack([transform(picture) for picture in pictures]), start)
     files.sync()
 labels = np.array([c for _, c in paths])  # of val, the last of the two
-train, val = (ActivationBuffer(OUT / split / f"layer_{LAYER:02d}.npy") for split in ("train", "val"))
+train, val = (ActivationBuffer(OUT / split / files.paths[0].name) for split in ("train", "val"))
 
 # %% 2. A sparse autoencoder writes each token as a sum of few directions, its latents: the loss is
 # the squared error plus λ times the sum of the latents' values, so that most of them are zero.
@@ -56,12 +55,13 @@ scores = score_hierarchy(profile, tree)
 names = [tree.names[v] for v in scores.hypernyms]
 place = names.index("dog.n.01") if "dog.n.01" in names else scores.hypernym_match.argmax()
 latent = scores.hypernym_latent[place]
-print(f"variance left {profile.reconstruction.fvu:.2f}, {profile.reconstruction.l0:.0f} latents fire")
+fvu, l0 = profile.reconstruction[1:3]
+print(f"variance left {fvu:.2f}, {l0:.0f} latents fire")
 print(f"latent {latent} matches {names[place]} by {scores.hypernym_match[place]:.2f}")
 
-# %% 4. LCH height. The lowest common hypernym (LCH) of two of a latent's top images says how general
-# the latent is: its height is the number of edges down to the classes. The mean is taken over pairs:
-# the LCH of all top images at once is near the root as soon as one of them is a stray.
+# %% 4. LCH height. The lowest common hypernym (LCH) of two of a latent's top images says how
+# general the latent is: its height is the number of edges down to the classes. The mean is over
+# pairs: the LCH of all top images at once is near the root as soon as one of them is a stray.
 height = scores.height_pairwise
 print(f"mean LCH height {height.mean():.1f}, the root's is {tree.height.max()}, this latent's "
       f"{height[scores.latents == latent].max():.1f}; hypernyms matched: "
@@ -71,13 +71,13 @@ print(f"mean LCH height {height.mean():.1f}, the root's is {tree.height.max()}, 
 # the class token over all blocks up to LAYER. One plot: its top images, and these maps over them.
 top = profile.top_images[latent, :6]
 images = torch.stack([transform(Image.open(paths[i][0]).convert("RGB")) for i in top])
-maps = relevancy_maps(model, images, LAYER, lambda tokens: sae.encode(tokens)[:, latent])
+maps = relevancy_maps(model, images, LAYER, lambda tokens: sae.encode(tokens)[:, latent]).numpy()
 figure, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
 for i, (above, below) in enumerate(axes.T):
     picture = images[i].permute(1, 2, 0).numpy()
     picture = (picture - picture.min()) / (picture.max() - picture.min())
     above.imshow(picture), below.imshow(picture.mean(2), cmap="gray")
-    below.imshow(maps[i].numpy() ** 0.7, cmap="inferno", alpha=0.6, extent=(0, *picture.shape[:2], 0))
+    below.imshow(maps[i] ** 0.7, cmap="inferno", alpha=0.6, extent=(0, *picture.shape[:2], 0))
     above.set(title=tree.names[tree.classes[labels[top[i]]]][:-5])
     above.axis("off"), below.axis("off")
 figure.suptitle(f"layer {LAYER}, latent {latent}: {names[place]}")

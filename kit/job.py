@@ -98,7 +98,7 @@ def prepare(settings: argparse.Namespace) -> Job:
         settings.data, settings.hub = data, settings.hub or HUB
         settings.backbone = settings.backbone or "dinov2_vitg14"
         out = Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
-        model = transform = None
+        model = None
     train, val, classes = find_images(data, settings.images_per_class)
     tree, counts = Taxonomy.from_wnids(classes), (len(train.names), len(val.names))
     note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
@@ -107,13 +107,14 @@ def prepare(settings: argparse.Namespace) -> Job:
         raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
     if (settings.batch_size or 1) > counts[0]:
         raise InputError(f"--batch-size {settings.batch_size} is above {counts[0]} training images")
-    model = (model or load_backbone(settings.backbone, settings.hub)).to(settings.device)
-    if transform is None:
+    if model is None:
+        model = load_backbone(settings.backbone, settings.hub)
         transform = transform_of(model) if settings.transform == "model" else eval_transform()
         resize, crop, _, normalise = transform.transforms
         by = "DINOv2's" if str(transform) == str(eval_transform()) else "the model's pretrained_cfg"
         print(f"      images as {by} takes them: short side {resize.size}, crop {crop.size[0]}, "
               f"mean {normalise.mean}, deviation {normalise.std}")
+    model = model.to(settings.device)
     layers = parse_layers(settings.layers, len(blocks_of(model)))
     latents = settings.expansion * model.cls_token.shape[-1]
     if settings.activation != "relu" and int(settings.activation[5:]) > latents:

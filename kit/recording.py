@@ -123,7 +123,7 @@ def finish_layer(path: Path, left_out: dict[str, str], made_from: dict) -> None:
 
 
 def token_file(record: dict) -> Path:
-    """The path of a layer's token file. Once a run its checksum is compared: Stale if it differs."""
+    """The path of a layer's token file. Once a run its checksum is compared: else Stale."""
     if not record.get("intact"):
         check_file(record["path"], record["tokens"])
         record["intact"] = True

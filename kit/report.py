@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dinov2_hooks import relevancy_maps
 from kit.figures import (display_name, draw_consistency, draw_emergence, draw_hierarchy,
                          draw_layers)
-from kit.tables import cell, findings, write_tables
+from kit.tables import cell, write_tables
 from sae import SparseAutoencoder
 
 TILE = 224  # pixels of a picture's side, twice those on screen
@@ -103,17 +103,17 @@ FIGURES = {  # name: (alt text, caption), in the order in which to read them
 }
 
 
-def write_results(folder: Path, title: str, note: str, record: dict, latents, chain, tree) -> dict:
-    """Tables (CSV, Markdown, JSON), figures and the report; returns the tables for reading."""
+def write_results(folder: Path, title: str, note: str, record: dict, latents, chain, tree):
+    """Tables (CSV, Markdown, JSON), figures and the report; returns what write_tables does."""
     depth = sorted({row["layer"] for row in record["layers"]})
     figures = folder / "figures"
     draw_layers(figures / "layers.png", record["layers"])
     draw_hierarchy(figures / "hierarchy.png", record["hierarchy"], record["hypernyms_possible"])
     draw_consistency(figures / "consistency.png", record.pop("agreement"), depth)
     draw_emergence(figures / "emergence.png", record.pop("all_hypernyms"), depth, tree)
-    shown = write_tables(folder, title, note, record)
-    write_report(folder, title, note, record, shown, latents, chain)
-    return shown
+    found, shown = write_tables(folder, title, note, record)
+    write_report(folder, title, note, record, found, shown, latents, chain)
+    return found, shown
 
 
 def html_table(rows: list[dict], kind="") -> str:
@@ -126,7 +126,8 @@ def html_table(rows: list[dict], kind="") -> str:
             f"<tbody>{body}</tbody></table></div>")
 
 
-def write_report(folder: Path, title: str, note: str, record: dict, shown: dict, latents, chain):
+def write_report(folder: Path, title: str, note: str, record: dict, found: list[str], shown: dict,
+                 latents, chain) -> None:
     """report.html: one file that opens from disk, with every figure of `folder` inside."""
     def figure(name, alt, caption, kind):
         data = base64.b64encode((folder / "figures" / name).read_bytes()).decode()
@@ -138,9 +139,9 @@ def write_report(folder: Path, title: str, note: str, record: dict, shown: dict,
     run |= {f"seconds, {stage}": seconds for stage, seconds in record["seconds"].items()}
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(note)}</p>",
-        "<h2>What was found</h2>", *(f"<p>{escape(text)}</p>" for text in findings(record)),
-        "<h2>Claims</h2><p>✓ holds, ○ open, ✗ contradicted: each is tested on this run's numbers, in "
-        "every seed, and where its words allow several readings under each.</p>",
+        "<h2>What was found</h2>", *(f"<p>{escape(text)}</p>" for text in found),
+        "<h2>Claims</h2><p>✓ holds, ○ open, ✗ contradicted: each is tested on this run's numbers, "
+        "in every seed, and where its words allow several readings under each.</p>",
         html_table(shown["claims"], "claims"),
         "<h2>Figures</h2>",
         *(figure(f"{name}.png", alt, escape(text), f"plot {name}")

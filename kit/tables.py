@@ -32,7 +32,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def mean_and_spread(values) -> str:
-    """mean ± standard deviation over seeds, None being no number; the mean alone where all agree."""
+    """mean ± standard deviation over seeds, None being no number; the mean where all agree."""
     values = np.array([np.nan if value is None else value for value in values], float)
     mean, spread = float(values.mean()), float(values.std())
     return f"{cell(mean)} ± {spread:.1g}" if spread > 1e-6 * abs(mean) else cell(mean)
@@ -51,12 +51,18 @@ def over_seeds(rows: list[dict]) -> list[dict]:
              for name in group[0] if name != "seed"} for group in groups.values()]
 
 
-def value_of(record: dict, table: str, column: str, layer: int, of="SAE") -> str:
-    """mean ± standard deviation over seeds of one column in one layer, for one of COMPARED."""
+def values_of(record: dict, table: str, column: str, layer: int, of="SAE") -> np.ndarray:
+    """One column in one layer, for one of COMPARED: a number a seed, NaN where there is none."""
     dictionary, labels = COMPARED[of]
-    return mean_and_spread(
-        row[column] for row in record[table] if row["layer"] == layer
-        and row.get("dictionary", dictionary) == dictionary and row.get("labels", labels) == labels)
+    rows = [row for row in record[table] if row["layer"] == layer
+            and row.get("dictionary", dictionary) == dictionary
+            and row.get("labels", labels) == labels]
+    return np.array([np.nan if row[column] is None else row[column] for row in rows], float)
+
+
+def value_of(*where) -> str:
+    """mean ± standard deviation over seeds of `values_of`."""
+    return mean_and_spread(values_of(*where))
 
 
 def by_layer(record: dict) -> list[dict]:
@@ -114,26 +120,35 @@ def findings(record: dict) -> list[str]:
     lch, lch_rest = compared("hypernyms_lch")
     matched, matched_rest = compared("hypernyms_matched")
     iou, iou_rest = compared("iou", ("untrained", "neurons"))
-    fires = [value_of(record, "relations", column, last) for column in ("related", "unrelated")]
-    start = f"From layer {first} to layer {last}" if first < last else "There"
+    related, unrelated = (values_of(record, "relations", column, last)
+                          for column in ("related", "unrelated"))
+    height = way("hierarchy", "lch_height_pairwise")
+    shuffled = way("hierarchy", "lch_height_pairwise", "shuffled labels", goes="", stays="")
+    where, start = f"In layer {last}", "There"
+    if first < last:
+        where, start = f"{where}, the last,", f"From layer {first} to layer {last}"
     sentences = [
-        f"In layer {last}{', the last,' * (first != last)} {lch} of {record['hypernyms_possible']} hypernyms are the "
-        f"lowest common hypernym (LCH) of some latent's top images ({lch_rest}), and {matched} are "
-        f"matched by the classes that some latent responds to ({matched_rest}).",
-        f"{start} the accuracy of a linear probe {way('layers', 'probe_top1')}, and the mean height "
-        f"of the LCH of two of a latent's top images {way('hierarchy', 'lch_height_pairwise')} edges "
-        f"(shuffled labels: {way('hierarchy', 'lch_height_pairwise', 'shuffled labels', '', '')}).",
+        f"{where} {lch} of {record['hypernyms_possible']} hypernyms are the lowest common hypernym "
+        f"(LCH) of some latent's top images ({lch_rest}), and {matched} are matched by the classes "
+        f"that some latent responds to ({matched_rest}).",
+        f"{start} the accuracy of a linear probe {way('layers', 'probe_top1')}, and the mean "
+        f"height of the LCH of two of a latent's top images {height} edges (shuffled labels: "
+        f"{shuffled}).",
         f"Over images, a hypernym and the latent that fits it best overlap by an IoU of {iou} on "
         f"average ({iou_rest})"]
-    if "–" not in fires[0]:
-        sentences[2] += (f"; a general latent fires on {fires[0]} of the top images of the special "
-                         f"latents below it, and on {fires[1]} of those of unrelated latents")
+    if np.isfinite(related).all():
+        related, unrelated = mean_and_spread(related), mean_and_spread(unrelated)
+        sentences[2] += (f"; a general latent fires on {related} of the top images of the special "
+                         f"latents below it, and on {unrelated} of those of unrelated latents")
     sentences[2] += "."
     return sentences
 
 
-def write_tables(folder: Path, title: str, note: str, record: dict) -> dict[str, list[dict]]:
-    """Every table as CSV, those for reading as tables.md, all as results.json; returns the former."""
+def write_tables(folder: Path, title: str, note: str, record: dict) -> tuple[list[str], dict]:
+    """Every table as CSV, those for reading as tables.md, all as results.json.
+
+    Returns the sentences of what was found, and the tables for reading by name.
+    """
     for name, columns in TABLES.items():
         with open(folder / f"{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, record[name][0] if record[name] else columns)
@@ -142,8 +157,9 @@ def write_tables(folder: Path, title: str, note: str, record: dict) -> dict[str,
     shown = {"by layer": by_layer(record), "claims": claims_in_short(record["claims"])}
     shown |= {name: over_seeds(record[name]) for name in ("layers", "hierarchy", "relations")}
     shown["hypernyms"] = record["hypernyms"]
-    text = [f"# {title}", note, *findings(record)]
+    found = findings(record)
+    text = [f"# {title}", note, *found]
     text += [f"## {name.capitalize()}\n\n{markdown(rows)}" for name, rows in shown.items()]
     (folder / "tables.md").write_text("\n\n".join(text) + "\n", "utf-8", "backslashreplace")
     (folder / "results.json").write_text(to_json(record) + "\n")
-    return shown
+    return found, shown

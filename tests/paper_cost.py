@@ -66,6 +66,30 @@ class Count(TorchDispatchMode):
         return out
 
 
+def load_vit_g(hub: str):
+    """ViT-g on a FakeTensorMode's cuda, without filling in its weights."""
+    with (mock.patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *of, **more: tensor),
+          mock.patch("torch.nn.Module.to", lambda module, device: module), torch.device("cuda")):
+        return load_backbone("dinov2_vitg14", hub, pretrained=False)
+
+
+def train_three_steps(pool_rows: int, precision: str, progress=None) -> None:
+    """Of the paper's SAE, in a FakeTensorMode, on the first rows of a pool; ends with a
+    DataDependentOutputException: whether weights are finite cannot be told."""
+    class Buffer:  # as ActivationBuffer
+        rows, device = 3 * 4096, "cpu"
+
+        def batches(self, batch_size, generator):
+            pool = torch.empty(pool_rows, WIDTH, dtype=torch.float16)
+            for rows in torch.arange(self.rows).split(batch_size):
+                yield pool[rows].float()
+
+    Buffer.pool_rows = pool_rows
+    statistics = Statistics(*torch.zeros(2, WIDTH, dtype=torch.float64), 1.0, 1.0)
+    with mock.patch("torch.nn.Module.to", lambda module, device: module):
+        train_sae(Buffer(), Training(epochs=1, precision=precision), statistics, progress=progress)
+
+
 def of_a_batch(hub: str) -> list:
     """The operations of one recorded batch of ViT-g, under autocast and with flash attention."""
     def attention(q, k, v, **more):
@@ -73,11 +97,8 @@ def of_a_batch(hub: str) -> list:
 
     with (mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
-          mock.patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *of, **more: tensor),
-          mock.patch("torch.nn.Module.to", lambda module, device: module),
-          FakeTensorMode(), torch.device("cuda"), torch.no_grad()):
-        model = load_backbone("dinov2_vitg14", hub, pretrained=False)
-        images = torch.empty(BATCH, 3, 224, 224)
+          FakeTensorMode(), torch.no_grad()):
+        model, images = load_vit_g(hub), torch.empty(BATCH, 3, 224, 224, device="cuda")
         with Count() as count:
             class_tokens(model, images, range(LAYERS), "float16").half().to("cpu")
     return count.operations
@@ -85,20 +106,9 @@ def of_a_batch(hub: str) -> list:
 
 def of_a_step() -> list:
     """The operations of one training step of its SAE, in bfloat16."""
-    class Buffer:
-        rows, device, pool_rows = 3 * 4096, "cpu", 3 * 4096
-
-        def batches(self, batch_size, generator):
-            pool = torch.empty(self.rows, WIDTH, dtype=torch.float16)
-            for rows in torch.arange(self.rows).split(batch_size):
-                yield pool[rows].float()
-
     starts = []
-    with (mock.patch("torch.nn.Module.to", lambda module, device: module),
-          FakeTensorMode(), Count() as count, suppress(DataDependentOutputException)):
-        statistics = Statistics(*torch.zeros(2, WIDTH, dtype=torch.float64), 1.0, 1.0)
-        train_sae(Buffer(), Training(epochs=1, precision="bfloat16"), statistics,
-                  progress=lambda *of: starts.append(len(count.operations)))
+    with FakeTensorMode(), Count() as count, suppress(DataDependentOutputException):
+        train_three_steps(3 * 4096, "bfloat16", lambda *of: starts.append(len(count.operations)))
     return count.operations[starts[0] : starts[1]]
 
 

@@ -15,9 +15,10 @@ import metrics
 from conftest import small_run
 from dinov2_hooks import class_tokens
 from kit import images, job, recording
+from paper_cost import load_vit_g, train_three_steps
 from pretend_cuda import OnGPU, log, pretend_cuda
 from reproduce import main
-from sae import POOL_BYTES, ActivationBuffer, Statistics, Training, train_sae
+from sae import POOL_BYTES, ActivationBuffer, Training, train_sae
 
 
 @pytest.fixture(autouse=True)
@@ -130,33 +131,18 @@ class Memory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_papers_sae_trains_in_little_memory(precision, monkeypatch):
-    class Buffer:  # as ActivationBuffer, one pool of it
-        rows, device, pool_rows = 3 * 4096, "cpu", 3 * 4096
-
-        def batches(self, batch_size, generator):
-            pool = torch.empty(POOL_BYTES // (2 * 1536), 1536, dtype=torch.float16)
-            for i in range(3):
-                yield pool[i * batch_size : (i + 1) * batch_size].float()
-
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+def test_the_papers_sae_trains_in_little_memory(precision):
     with FakeTensorMode(), Memory() as memory:
-        statistics = Statistics(*torch.zeros(2, 1536, dtype=torch.float64), 1.0, 1.0)
-        with pytest.raises(DataDependentOutputException):  # whether weights are finite, at the end
-            train_sae(Buffer(), Training(epochs=1, precision=precision), statistics)
+        with pytest.raises(DataDependentOutputException):  # after the last step
+            train_three_steps(POOL_BYTES // (2 * 1536), precision)
     weights = 4 * 2 * 12288 * 1536  # themselves, their gradients, two moments of Adam
     assert POOL_BYTES + 4 * weights < memory.peak < 1.5 * (POOL_BYTES + 4 * weights)
 
 
 @pytest.mark.filterwarnings("ignore:xFormers")
-def test_vit_g_records_in_little_memory(dinov2, monkeypatch):
-    monkeypatch.setenv("XFORMERS_DISABLED", "1")
-    monkeypatch.syspath_prepend(str(dinov2))
-    from dinov2.hub.backbones import dinov2_vitg14
-
-    monkeypatch.setattr(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *of, **more: tensor)
-    with FakeTensorMode(), Memory() as memory, torch.device("cuda"), torch.inference_mode():
-        model = dinov2_vitg14(pretrained=False).eval()
-        tokens = class_tokens(model, torch.empty(64, 3, 224, 224), range(40))  # autocast needs a GPU
+def test_vit_g_records_in_little_memory(dinov2):
+    with FakeTensorMode(), Memory() as memory, torch.inference_mode():
+        model, batch = load_vit_g(str(dinov2)), torch.empty(64, 3, 224, 224, device="cuda")
+        tokens = class_tokens(model, batch, range(40))  # autocast needs a GPU
     assert tokens.device.type == "cuda" and tokens.shape == (40, 64, 1536)
     assert 4 * 1.1e9 < memory.peak < 8e9, memory.peak

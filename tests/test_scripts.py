@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import paper_cost
 import sae
 from conftest import ROOT, small_run
 from kit import demo
@@ -34,9 +35,6 @@ def test_benchmark(monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 def test_paper_cost(dinov2, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    import paper_cost
-
     flop = [sum(flop for flop, _ in operations) for operations in (
         paper_cost.of_a_batch(str(dinov2)), paper_cost.of_a_step(), paper_cost.of_a_probe_step())]
     vit_g = 64 * 40 * (24 * 1536**2 * 257 + 4 * 1536 * 257**2)
