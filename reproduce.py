@@ -30,22 +30,27 @@ from tqdm import tqdm
 
 from dinov2_hooks import HUB, BackboneError, weights_hash
 from kit import hub, plan, report
-from kit.claims import claims_of_seed, combine, reading_rows
+from kit.claims import claims_of
 from kit.images import Decoded, fingerprint
 from kit.job import Job, precisions, prepare, saes_name
 from kit.process import (RANK, WORLD, check_disk, keep_freed_memory, lock, of_the_first,
                          run_as_command, wait_for_all)
 from kit.recording import record_split, statistics_of, token_file
+from kit.probes import probe_rows
+from kit.readings import readings
+from kit.rows import best_latents, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
 from kit.store import atomic_write, checksum, hash_of, read_record, reuse, write_record
 from kit.tables import markdown
-from metrics import (best_latents, consistency, hypernym_rows, iou_draws, linear_probe,
-                     profile_latents, readings, relate, score_hierarchy, sparse_units)
-from sae import SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training, train_sae
-from taxonomy import TaxonomyError
+from metrics import (SAMPLE, as_labels, correct_by_class, dictionaries_of, kappa, linear_probe,
+                     profile_latents, reconstruct, relate, responses_of, score_hierarchy)
+from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training,
+                 train_sae)
+from taxonomy import Taxonomy, TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
-SAMPLE = 16_384  # training tokens on which the baselines' thresholds are set
+PROBE_STEPS = 3000  # of the linear probe, at least
+PERMUTED = {"sae": 40, "neurons": 10, "untrained": 10}  # trees whose classes are permuted
 LIMITS = {  # of the settings that are numbers: the least and the largest
     "expansion": (1, 10**9), "l1": (0, 1e9), "epochs": (1, 10**9), "batch_size": (1, 10**9),
     "lr": (1e-12, 1), "top_k": (2, 10**9), "response_rate": (1e-12, 1), "seed": (0, 2**62),
@@ -121,107 +126,108 @@ def train_layer(job: Job, training: Training, folder: Path, layer: int, tokens: 
         write_record(part / "sae.json", made_from, files=files)
 
 
-def probe_layer(job: Job, path: Path, seed: int, layer: int, tokens: dict) -> float:
-    """Accuracy of a linear probe on a layer's tokens, whatever its SAE; kept in `path`."""
-    splits = [tokens["train"], tokens["val"]]
-    made_from = {"tokens": [split[layer]["tokens"] for split in splits], "seed": seed,
-                 "code": hash_of(HERE / "metrics.py")}
-    if known := reuse(path, made_from):
-        return known["top1"]
-    data = []
-    for split in splits:
-        data += [np.load(token_file(split[layer]), mmap_mode="c"), split["labels"]]
-    data = [torch.from_numpy(array).to(job.settings.device) for array in data]
-    statistics = statistics_of(tokens["train"][layer])
-    top1 = linear_probe(*data, statistics.mean, statistics.variance, seed)
-    return write_record(path, made_from, top1=top1)["top1"]
+def permuted_trees(tree: Taxonomy) -> list[Taxonomy]:
+    """The controls: one tree a draw, the same for all layers, dictionaries and seeds."""
+    rng = np.random.default_rng(0)
+    return [tree.permuted(rng.permutation(len(tree.classes))) for _ in range(PERMUTED["sae"])]
 
 
-def dictionaries_of(sae: SparseAutoencoder, sample: torch.Tensor, mean: torch.Tensor, seed: int):
-    """(name, encoder, decoder) of the SAE, and of two baselines that differ from it in training
-    alone: raw neurons and random directions, as many of them firing on a token as its latents."""
-    share = float((sae.encode(sample) > 0).float().mean())
-    n = len(mean)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the directions that the SAE's training began with
-        untrained = SparseAutoencoder(n, len(sae.b_enc)).W_enc.detach().to(mean.device)
-    axes = torch.eye(n, device=mean.device)
-    return [("sae", sae.encode, sae.decode),
-            ("neurons", sparse_units(torch.cat([axes, -axes]), sample, mean, share), None),
-            ("untrained", sparse_units(untrained, sample, mean, share), None)]
-
-
-def score_layer(job: Job, seed: int, path: Path, layer: int, tokens: dict, folder: Path) -> dict:
-    """Stage 3: the latents of a layer, whose SAE is in `folder`, -> its rows of all tables; kept in
-    `path`."""
-    settings, tree, k = job.settings, job.tree, job.settings.top_k
-    train, val, labels = tokens["train"][layer], tokens["val"][layer], tokens["val"]["labels"]
-    code = [HERE / f"{module}.py" for module in ("metrics", "taxonomy", "sae")]
-    made_from = {
-        "tokens": [train["tokens"], val["tokens"]], "sae": checksum(folder / "model.safetensors"),
-        "classes": tree.wnids, "top_k": k, "seed": seed, "code": hash_of(*code),
-        "response_rate": settings.response_rate,
-    }
-    if known := reuse(path, made_from):
-        return known
-    probe_path = path.parent.parent / f"probe-seed_{seed}" / path.name
-    accuracy = probe_layer(job, probe_path, seed, layer, tokens)
-    buffers = [ActivationBuffer(token_file(record), settings.device) for record in (train, val)]
-    sample = buffers[0].rows_at(slice(SAMPLE))  # of training tokens: rows are in random order
-    statistics = statistics_of(train)
-    mean = statistics.mean.float().to(settings.device)
-    sae = SparseAutoencoder.from_pretrained(folder).to(settings.device)
-    seed_of_sae = (sae.about or {}).get("seed", seed)
-    shuffled = np.random.default_rng(seed).permutation(labels)
-    kept = {"hierarchy": [], "relations": [], "iou_draws": {}}
-    first = {"layer": layer, "seed": seed}
-    for name, encode, decode in dictionaries_of(sae, sample, mean, seed_of_sae):
-        labelings = {"true": labels, "shuffled": shuffled} if name == "sae" else {"true": labels}
-        profiles = profile_latents(encode, buffers[1].batches(VAL_BATCH), list(labelings.values()),
-                                   len(tree.classes), k, decode)
-        for of, profile in zip(labelings, profiles):
-            scores = score_hierarchy(profile, tree, k, settings.response_rate)
-            row = {**first, "dictionary": name, "labels": of, **scores.summary()}
-            kept["hierarchy"].append(row)
-            if of == "shuffled":
-                continue
-            kept["iou_draws"][name] = iou_draws(profile, scores, tree).tolist()
-            related, chain = relate(encode, buffers[1].rows_at, profile, scores, tree, k)
-            kept["relations"].append({**first, "dictionary": name, **related._asdict()})
-            if name == "sae":
-                kept |= {"hypernyms": best_latents(scores, profile, tree, k),
-                         "readings": readings(profile, scores, tree, k),
-                         "chain": [(tree.wnids[scores.hypernyms[v]], share) for v, share in chain]}
-                reconstruction = profile.reconstruction._asdict()
+def score_layer(layer: int, seed: int, sae: SparseAutoencoder, train: ActivationBuffer,
+                val: ActivationBuffer, labels: dict, statistics: Statistics, tree: Taxonomy,
+                controls: list[Taxonomy], probe, k: int, response_rate: float) -> dict:
+    """Stage 3: the latents of a layer -> its rows of all tables. probe: of tokens, `linear_probe`."""
+    C, about = len(tree.classes), {"layer": layer, "seed": seed}
+    made = {"hierarchy": [], "permuted_sd": [], "relations": [], "probes": [], "iou_draws": {}}
+    mean = statistics.mean.float().to(train.device)
+    sample = train.rows_at(slice(SAMPLE))  # rows are in random order
+    for dictionary in dictionaries_of(sae, sample, mean, (sae.about or {}).get("seed", seed)):
+        name, encode = dictionary.name, dictionary.encode
+        profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)
+        responses = responses_of(profile, k, response_rate)
+        scores = score_hierarchy(responses, tree)
+        permuted = [score_hierarchy(responses, other) for other in controls[: PERMUTED[name]]]
+        rows = hierarchy_rows({**about, "dictionary": name}, scores, permuted)
+        made["hierarchy"] += rows["hierarchy"]
+        made["permuted_sd"] += rows["permuted_sd"]
+        related, chain = relate(encode, val.rows_at, profile, scores, tree, k)
+        made["relations"].append({**about, "dictionary": name, **related._asdict()})
+        if name == "sae":
+            made["permuted_draws"] = rows["permuted_draws"]
+            made["hypernyms"] = best_latents(scores, profile, tree, k)
+            made["latents"] = latent_rows(layer, scores, profile, responses, tree)
+            made["chain"] = [(tree.wnids[scores.hypernyms[h]], share) for h, share in chain]
+            read, *others = readings(profile, [tree, *controls[:10]], [scores, *permuted[:10]])
+            made["readings"] = [
+                {"claim": claim, "reading": reading, **about, "value": value,
+                 "permuted": float(np.mean([other[claim, reading] for other in others]))}
+                for (claim, reading), value in read.items()]
+        del profile, responses  # before the probes take their room
+        rows, draws = probe_rows(dictionary, train, val, labels, tree, controls[0])
+        made["probes"] += [{**about, **row} for row in rows]
+        made["iou_draws"][name] = draws.tolist()
+    reconstruction, sums = reconstruct(sae, val.batches(VAL_BATCH), labels["val"], C, probe)
+    correct = correct_by_class(probe, val.batches(VAL_BATCH), labels["val"], C)
     gamma = float(statistics.mean.norm()) / statistics.rms_deviation
-    layers = {**first, "width": len(mean), "gamma": gamma, "probe_top1": accuracy, **reconstruction}
-    return write_record(path, made_from, layers=layers, **kept)
+    made["layers"] = {**about, "width": train.width, "gamma": gamma,
+                      "probe_top1": float(correct.sum() / val.rows), **reconstruction._asdict()}
+    images = torch.bincount(as_labels(labels["val"], val.rows), minlength=C)
+    made["by_class"] = {"images": images.tolist(), "correct": correct.tolist()}
+    made["by_class"] |= dict(zip(("error", "squares", "active"), sums.T.tolist()))
+    return made
+
+
+def scores_of_layer(job: Job, layer: int, paths: dict, tokens: dict, folders: dict, controls):
+    """Stage 3 for all seeds of a layer, unless it is done: {(layer, seed): record}."""
+    train, val = tokens["train"][layer], tokens["val"][layer]
+    labels = {split: tokens[split]["labels"] for split in ("train", "val")}
+    code = [HERE / f"{module}.py" for module in ("metrics", "taxonomy", "sae", "reproduce")]
+    settings, scores, probe = job.settings, {}, None
+    for one in job.trainings:
+        path, folder = paths[layer, one.seed], folders[layer, one.seed]
+        made_from = {
+            "tokens": [train["tokens"], val["tokens"]], "classes": job.tree.wnids,
+            "sae": checksum(folder / "model.safetensors"), "top_k": settings.top_k,
+            "seed": one.seed, "code": hash_of(*code), "response_rate": settings.response_rate,
+        }
+        scores[layer, one.seed] = reuse(path, made_from)
+        if scores[layer, one.seed]:
+            continue
+        files = [token_file(record) for record in (train, val)]
+        statistics = statistics_of(train)
+        if probe is None:  # whatever the SAE: once a layer
+            moments = [x.to(settings.device) for x in (statistics.mean, statistics.variance)]
+            probe = linear_probe(np.load(files[0], mmap_mode="r"), labels["train"],
+                                 len(job.tree.classes), *moments, PROBE_STEPS)
+        sae = SparseAutoencoder.from_pretrained(folder).to(settings.device)
+        made = score_layer(layer, one.seed, sae,
+                           *(ActivationBuffer(file, settings.device) for file in files), labels,
+                           statistics, job.tree, controls, probe, settings.top_k,
+                           settings.response_rate)
+        scores[layer, one.seed] = write_record(path, made_from, **made)
+    return scores
 
 
 def tables_of(scores: dict[tuple[int, int], dict], job: Job) -> dict:
     """Stage 4: the scores by layer and seed -> the tables of a run."""
     seeds, layers = [training.seed for training in job.trainings], job.layers
-    pairs, agreements, by_seed, reads, hypernyms = np.triu_indices(len(layers), 1), [], [], [], []
+    hypernyms, agreements = {}, []
     for seed in seeds:
-        records = {layer: scores[layer, seed] for layer in layers}
-        best = {layer: record["hypernyms"] for layer, record in records.items()}
-        agreements.append(consistency(list(best.values())))
-        hypernyms.append(hypernym_rows(best, job.tree))
-        by_seed.append(claims_of_seed(list(records.values()), hypernyms[-1]))
-        reads += reading_rows(list(records.values()), seed)
+        best = {layer: scores[layer, seed]["hypernyms"] for layer in layers}
+        hypernyms[seed] = hypernym_rows(best, job.tree)
+        agreements.append(kappa(matched_sets(list(best.values()), job.tree)))
     with warnings.catch_warnings():  # of a pair that is NaN in every seed
         warnings.simplefilter("ignore")
         agreement = np.nanmean(agreements, 0)
-    return {
+    tables = {name: [row for record in scores.values() for row in record[name]]
+              for name in ("hierarchy", "permuted_sd", "probes", "relations", "readings")}
+    return tables | {
         "layers": [record["layers"] for record in scores.values()],
-        "hierarchy": [row for record in scores.values() for row in record["hierarchy"]],
-        "relations": [row for record in scores.values() for row in record["relations"]],
-        "hypernyms": [row for row in hypernyms[0] if row["classes"] >= 5] or hypernyms[0],
-        "consistency": [{"layer_a": layers[a], "layer_b": layers[b],
-                         "jaccard": float(agreement[a, b])} for a, b in zip(*pairs)],
-        "claims": combine(by_seed, reads), "readings": reads,
-        "hypernyms_possible": len(hypernyms[0]),
-        "agreement": agreement, "all_hypernyms": hypernyms[0],
+        "hypernyms": hypernyms[seeds[0]],
+        "latents": [row for layer in layers for row in scores[layer, seeds[0]]["latents"]],
+        "consistency": [
+            {"layer_a": layers[a], "layer_b": layers[b], "kappa": float(agreement[a, b])}
+            for a, b in zip(*np.triu_indices(len(layers), 1))],
+        "claims": claims_of(scores, hypernyms, job.tree), "agreement": agreement,
     }
 
 
@@ -230,7 +236,7 @@ def make_results(job: Job, folders: dict, record: dict, scores: dict, tokens: di
     settings, first = job.settings, job.trainings[0]
     record |= tables_of(scores, job)
     records = {layer: scores[layer, first.seed] for layer in job.layers}
-    latents = report.named_latents(record["all_hypernyms"], records)
+    latents = report.named_latents(record["hypernyms"], records)
     chain = report.chain_to_show(records, job.tree)
     saes = {layer: folders[layer, first.seed] for layer in job.layers}
     root = saes[job.layers[0]].parent
@@ -245,7 +251,7 @@ def make_results(job: Job, folders: dict, record: dict, scores: dict, tokens: di
     print("\n" + "\n\n".join(found) + "\n")
     for row in shown["claims"]:
         sure = "" if row["p, or 95% interval"] is None else f", {row['p, or 95% interval']}"
-        print(f"  {row['']} {row['claim']}: {row['value']}{sure}")
+        print(f"  {row['']} {row['claim']}: {row['value']}{sure}, {row['verdict']}")
     print(f"\n{job.note}\nReport: {job.out / 'results/report.html'}; tables beside it; "
           f"SAEs: {root}")
     if not settings.saes:
@@ -293,10 +299,9 @@ def run_stages(job: Job, roots: dict[int, Path]) -> None:
     kept = job.out / "scores"
     paths = {(layer, one.seed): kept / saes_name(settings, one) / f"layer_{layer:02d}.json"
              for layer in job.layers for one in job.trainings}
-    scores = {}
-    for layer, one in tqdm(mine, "      layers", unit="layer", disable=RANK > 0):
-        key = layer, one.seed
-        scores[key] = score_layer(job, one.seed, paths[key], layer, tokens, folders[key])
+    scores, controls = {}, permuted_trees(job.tree)
+    for layer in tqdm(job.layers[RANK::WORLD], "      layers", unit="layer", disable=RANK > 0):
+        scores |= scores_of_layer(job, layer, paths, tokens, folders, controls)
     wait_for_all()
     times.append(time.time())
     if RANK > 0:

@@ -15,7 +15,7 @@ import functools
 import io
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ class Taxonomy:
     depth: np.ndarray
     """(V,) int, edges on the longest path from the root down to the node"""
     lowest: np.ndarray
-    """(V,) int, the lowest node with the same set of classes: no latent can tell these apart"""
+    """(V,) int, the lowest (deepest) node with the same classes: no latent can tell these apart"""
 
     @classmethod
     def from_wnids(cls, wnids) -> "Taxonomy":
@@ -103,21 +103,44 @@ class Taxonomy:
                 shortest[parent] = min(shortest[parent], shortest[v] + 1)
 
         first_of_set, lowest = {}, np.empty(len(nodes), int)
-        for v in sorted(range(len(nodes)), key=lambda v: (height[v], -depth[v], nodes[v])):
+        for v in np.lexsort((np.arange(len(nodes)), height, -depth)).tolist():
             lowest[v] = first_of_set.setdefault(leaves[v].tobytes(), v)
         names = [graph[wnid].name for wnid in nodes]
         return cls(nodes, names, class_nodes, leaves, height, shortest, depth, lowest)
 
-    @functools.cached_property
-    def hypernyms(self) -> np.ndarray:
-        """(H,) the distinct inner nodes: one, the lowest, for each set of at least two classes."""
-        distinct = self.lowest == np.arange(len(self.wnids))
-        return np.flatnonzero(distinct & (self.leaves.sum(1) >= 2))
+    def permuted(self, order) -> "Taxonomy":
+        """The same tree, its classes dealt anew to its leaves: class c takes the place of order[c].
+
+        The control for kinship: classes, images and latents stay as they are, and the tree keeps
+        its shape, but which classes are kin is left to chance.
+        """
+        return replace(self, classes=self.classes[order], leaves=self.leaves[:, order])
 
     @functools.cached_property
     def _best_first(self) -> np.ndarray:
         """(V,) nodes as an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
         return np.lexsort((range(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth))
+
+    def permuted(self, order) -> "Taxonomy":
+        """The same tree, its classes dealt anew to its leaves: class c takes the place of order[c].
+
+        The control for kinship: classes, images and latents stay as they are, and the tree keeps
+        its shape, but which classes are kin is left to chance.
+        """
+        return replace(self, classes=self.classes[order], leaves=self.leaves[:, order])
+
+    @functools.cached_property
+    def _best_first(self) -> np.ndarray:
+        """(V,) nodes as an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
+        return np.lexsort((range(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth))
+
+    @functools.cached_property
+    def hypernyms(self) -> np.ndarray:
+        """(H,) the distinct inner nodes: one, the lowest, for each set of at least two classes; in
+        the order in which an LCH is chosen, so that the first above a set of classes is its LCH."""
+        nodes = self._best_first
+        distinct = self.lowest[nodes] == nodes
+        return nodes[distinct & (self.leaves[nodes].sum(1) >= 2)]
 
     def lch(self, sets) -> np.ndarray:
         """Lowest common hypernyms of M sets of classes: (M, C), non-zero where in the set -> (M,).

@@ -4,7 +4,7 @@
 
 Takes the arguments of reproduce.py, runs it once for each SAE (in one output folder, so that class
 tokens are recorded once) and writes comparison.md and comparison.png there: mean ± standard
-deviation over seeds, each beside an untrained SAE that fires as seldom.
+deviation over seeds, each beside permuted trees.
 """
 import json
 import sys
@@ -19,6 +19,7 @@ from kit.tables import markdown, mean_and_spread, values_of
 
 SAES = [("relu", "0.3"), ("relu", "0.1"), ("relu", "0.03"), ("topk-8", "0"), ("topk-16", "0"),
         ("topk-32", "0")]
+SAE, PERMUTED = {"dictionary": "sae", "tree": "wordnet"}, {"tree": "permuted"}
 
 
 def main(arguments: list[str]) -> int:
@@ -34,19 +35,17 @@ def main(arguments: list[str]) -> int:
         layers = list(dict.fromkeys(row["layer"] for row in record["layers"]))
         for layer in layers:
             row = {"layer": layer, "SAE": name}
-            for title, table, column, of in [
-                ("FVU", "layers", "fvu", "SAE"), ("L0", "layers", "l0", "SAE"),
-                ("dead", "layers", "dead", "SAE"),
-                ("pairwise LCH height", "hierarchy", "lch_height_pairwise", "SAE"),
-                ("matched", "hierarchy", "hypernyms_matched", "SAE"),
-                ("untrained: matched", "hierarchy", "hypernyms_matched", "untrained"),
-                ("IoU", "hierarchy", "iou", "SAE"),
-                ("untrained: IoU", "hierarchy", "iou", "untrained"),
-                ("neurons: IoU", "hierarchy", "iou", "neurons"),
-                ("related share", "relations", "related", "SAE"),
-                ("untrained: related", "relations", "related", "untrained"),
+            for title, table, column, where in [
+                ("FVU", "layers", "fvu", {}), ("L0", "layers", "l0", {}),
+                ("dead", "layers", "dead", {}),
+                ("between ↓", "hierarchy", "lch_height_between", SAE),
+                ("between, permuted", "hierarchy", "lch_height_between", SAE | PERMUTED),
+                ("matched ↑", "hierarchy", "hypernyms_matched", SAE),
+                ("matched, permuted", "hierarchy", "hypernyms_matched", SAE | PERMUTED),
+                ("probe IoU ↑", "probes", "iou", SAE | {"units": 1}),
+                ("probe IoU, permuted", "probes", "iou", SAE | PERMUTED | {"units": 1}),
             ]:
-                values = values_of(record, table, column, layer, of)
+                values = values_of(record[table], column, layer=layer, **where)
                 row[title] = mean_and_spread(values)
                 points[name, layer, title] = float(np.mean(values)), float(np.std(values))
             rows.append(row)
@@ -54,16 +53,15 @@ def main(arguments: list[str]) -> int:
     (out / "comparison.md").write_text(markdown(rows) + "\n")
     figure, axes = plt.subplots(2, len(layers), figsize=(4 * len(layers), 6.4), squeeze=False)
     for i, layer in enumerate(layers):
-        for axis, title in zip(axes[:, i], ("matched", "IoU")):
+        for axis, title in zip(axes[:, i], ("between ↓", "probe IoU ↑")):
             for kind, colour in (("ReLU", "#0072B2"), ("TopK", "#D55E00")):
                 names = [name for name in dict.fromkeys(key[0] for key in points) if kind in name]
                 x = [points[name, layer, "FVU"][0] for name in names]
-                for whose, style in ((title, "-o"), (f"untrained: {title}", ":^")):
+                for whose, style in ((title, "-o"), (f"{title[:-2]}, permuted", ":^")):
                     y, spread = zip(*(points[name, layer, whose] for name in names))
                     axis.errorbar(x, y, spread, fmt=style, color=colour, capsize=2,
-                                  label=kind + (", untrained" if ":" in style else ""))
-            axis.set(xlabel="FVU", ylabel=f"hypernyms {title}" if title == "matched" else "IoU",
-                     title=f"layer {layer}", ylim=(0, None))
+                                  label=kind + (", permuted trees" if ":" in style else ""))
+            axis.set(xlabel="FVU", ylabel=title, title=f"layer {layer}")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(out / "comparison.png", dpi=130)
     print(f"\n{markdown(rows)}\n\n{out / 'comparison.md'}, {out / 'comparison.png'}")

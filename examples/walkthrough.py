@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dinov2_hooks import HUB, TokenFiles, load_backbone, relevancy_maps, transform_of
-from metrics import profile_latents, score_hierarchy
+from metrics import profile_latents, responses_of, score_hierarchy
 from sae import ActivationBuffer, Training, fast_precision, train_sae
 from taxonomy import Taxonomy
 
@@ -49,28 +49,27 @@ sae = train_sae(train, Training(batch_size=256, epochs=50))
 # %% 3. The latent of "dog". Which classes does each latent respond to, and which node of WordNet
 # has those classes below it? The match is the Jaccard index of the two sets of classes.
 tree = Taxonomy.from_wnids(classes)
-(profile,) = profile_latents(sae.encode, val.batches(2048), [labels], len(classes),
-                             decode=sae.decode)
-scores = score_hierarchy(profile, tree)
+profile = profile_latents(sae.encode, val.batches(2048), labels, len(classes))
+responses = responses_of(profile)
+scores = score_hierarchy(responses, tree)
 names = [tree.names[v] for v in scores.hypernyms]
 place = names.index("dog.n.01") if "dog.n.01" in names else scores.hypernym_match.argmax()
 latent = scores.hypernym_latent[place]
-fvu, l0 = profile.reconstruction[1:3]
-print(f"variance left {fvu:.2f}, {l0:.0f} latents fire")
 print(f"latent {latent} matches {names[place]} by {scores.hypernym_match[place]:.2f}")
 
 # %% 4. LCH height. The lowest common hypernym (LCH) of two of a latent's top images says how
 # general the latent is: its height is the number of edges down to the classes. The mean is over
 # pairs: the LCH of all top images at once is near the root as soon as one of them is a stray.
-height = scores.height_pairwise
-print(f"mean LCH height {height.mean():.1f}, the root's is {tree.height.max()}, this latent's "
-      f"{height[scores.latents == latent].max():.1f}; hypernyms matched: "
-      + ", ".join(n for n, match in zip(names, scores.hypernym_match) if match > 0.5))
+order = np.random.default_rng(0).permutation(len(classes))
+control = score_hierarchy(responses, tree.permuted(order)).summary()["lch_height_between"]
+print(f"between classes {scores.summary()['lch_height_between']:.1f}, {control:.1f} where classes are "
+      f"dealt anew to the leaves of the tree; hypernyms matched: "
+      + ", ".join(n for n, matched in zip(names, scores.hypernym_matched) if matched))
 
 # %% 5. Where the latent looks: the gradient of its value by every attention weight, rolled out from
 # the class token over all blocks up to LAYER. One plot: its top images, and these maps over them.
 top = profile.top_images[latent, :6]
-images = torch.stack([transform(Image.open(paths[i][0]).convert("RGB")) for i in top])
+images = torch.stack([transform(Image.open(paths[int(i)][0]).convert("RGB")) for i in top])
 maps = relevancy_maps(model, images, LAYER, lambda tokens: sae.encode(tokens)[:, latent]).numpy()
 figure, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
 for i, (above, below) in enumerate(axes.T):

@@ -1,187 +1,264 @@
-"""The paper's qualitative claims, tested on a run's numbers: in every seed, and under every reading
-of the metrics whose formulas are not known."""
-import itertools
-from typing import NamedTuple
+"""Verdicts on the claims, each beside what trees without kinship give.
+
+S is how much better a score is than its mean over permuted trees, with the sign that makes more
+hierarchy larger. Over several seeds all must agree, and the worst p or interval is shown. How often
+each verdict is wrong where the truth is known is in docs/results.md (tests/controls.py).
+"""
+import math
+import random
 
 import numpy as np
 
-from metrics import consistency
+from kit.probes import class_draws
+from kit.rows import matched_sets
+from metrics import kappa
+from taxonomy import Taxonomy
+
+SCORES = {  # columns of hierarchy.csv: name, and the sign that makes more hierarchy larger
+    "lch_height_between": ("LCH height between classes", -1),
+    "lch_height_pairwise": ("pairwise LCH height", -1),
+    "coverage": ("coverage", 1),
+    "hypernyms_lch": ("hypernyms that are an LCH", 1),
+    "hypernyms_matched": ("hypernyms matched", 1),
+}
+MAIN = "lch_height_between"
+FEWEST_LAYERS, FEWEST_SEEDS, FEWEST_CLASSES = 4, 3, 10  # below, nothing can be judged
+BY_CLASS = {  # columns of layers.csv as a ratio of two sums over classes
+    "probe_top1": ("category information grows with depth", "correct", "images"),
+    "nmse": ("early layers are easier to auto-encode", "error", "squares"),
+    "l0": ("early layers need fewer active latents", "active", "images"),
+}
 
 
-class Trend(NamedTuple):
-    rho: float  # Spearman's rank correlation
-    p_value: float  # one-sided: the share of orderings of y whose rho is at least as large
+def hierarchy_value(record: dict, column: str, dictionary="sae", tree="wordnet") -> float:
+    """One number of a layer's rows of hierarchy.csv; NaN where it is not defined."""
+    for row in record["hierarchy"]:
+        if (row["dictionary"], row["tree"]) == (dictionary, tree):
+            return float("nan") if row[column] is None else row[column]
+    raise KeyError((dictionary, tree))
 
 
-def _ranks(values) -> np.ndarray:
-    """Ranks from 0, ties getting their mean."""
-    values = np.asarray(values, float)
-    below, up_to = (values[:, None] > values).sum(1), (values[:, None] >= values).sum(1)
-    return (below + up_to - 1) / 2
+def surplus(record: dict, column: str, dictionary="sae") -> float:
+    """S: how much better than under permuted trees."""
+    value = hierarchy_value(record, column, dictionary)
+    return SCORES[column][1] * (value - hierarchy_value(record, column, dictionary, "permuted"))
 
 
-def rising_trend(x, y, permutations: int = 100_000, seed: int = 0) -> Trend:
-    """Does y rise with x? Spearman's rho, its one-sided permutation p: exact for up to 8 points.
-
-    Points with a NaN are left out. NaN for both where x or y is constant, or of under 3 points.
-    """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    there = np.isfinite(x) & np.isfinite(y)
-    a, b = (_ranks(values[there]) - (there.sum() - 1) / 2 for values in (x, y))
-    norm = float(np.sqrt((a @ a) * (b @ b)))
-    if len(a) < 3 or norm == 0:
-        return Trend(float("nan"), float("nan"))
-    observed = a @ b - 1e-9
-    if len(a) <= 8:
-        orders = np.array(list(itertools.permutations(b)))
-        return Trend(float(a @ b / norm), float((orders @ a >= observed).mean()))
-    rng, larger, part = np.random.default_rng(seed), 0, permutations // 20  # in parts: the memory
-    for _ in range(20):
-        larger += (rng.permuted(np.tile(b, (part, 1)), axis=1) @ a >= observed).sum()
-    return Trend(float(a @ b / norm), float((1 + larger) / (1 + 20 * part)))
+def p_values(record: dict, column: str) -> tuple[float, float]:
+    """The share of trees, WordNet's among them, at least as good; and at least as bad."""
+    sign = SCORES[column][1]
+    value = sign * hierarchy_value(record, column)
+    draws = sign * np.array(record["permuted_draws"][column], float)
+    as_good, as_bad = ~(draws < value), ~(draws > value)  # where a score is NaN, both
+    return tuple(float(1 + count.sum()) / (1 + len(draws)) for count in (as_good, as_bad))
 
 
-def agreement_trend(agreement: np.ndarray, permutations: int = 10_000, seed: int = 0) -> Trend:
-    """Do near layers agree more than far ones? agreement (L, L), symmetric, NaN where not defined.
+def t_quantile(freedom: int) -> float:
+    """The 0.975 quantile of Student's t, by integrating its density."""
+    grid = np.linspace(0, 20, 200_001)
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    density = math.exp(scale) / math.sqrt(freedom * math.pi)
+    density = density * (1 + grid**2 / freedom) ** (-(freedom + 1) / 2)
+    below = np.cumsum((density[1:] + density[:-1]) / 2) * grid[1]
+    return float(np.interp(0.475, below, grid[1:]))
 
-    Mantel's test: Spearman's rho of agreement and nearness over pairs of layers, its one-sided p
-    by permuting the layers, since pairs that share a layer are not independent of each other.
-    """
+
+def t_interval(values) -> tuple[float, float]:
+    """The 95% interval of a mean over seeds."""
+    mean, half = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
+    half *= t_quantile(len(values) - 1)
+    return float(mean - half), float(mean + half)
+
+
+def verdict(holds, opposite) -> str:
+    """One for each seed or one for all: what holds has to hold in all."""
+    return "holds" if np.all(holds) else "contradicted" if np.all(opposite) else "open"
+
+
+def thirds(by_layer: np.ndarray) -> np.ndarray:
+    """(L, ...) -> the mean of the last third of the layers less that of the first."""
+    count = -(-len(by_layer) // 3)
+    return by_layer[-count:].mean(0) - by_layer[:count].mean(0)
+
+
+def curveball(matched: np.ndarray, draws: int, seed=0):
+    """Yields random matrices with the row and column sums of matched (L, H), bool (Strona et al.
+    2014). A trade deals what only one of two rows holds anew; 5 L² trades lie between two draws."""
+    rows, rng = [set(np.flatnonzero(row).tolist()) for row in matched], random.Random(seed)
+    for _ in range(draws):
+        for _ in range(5 * len(rows) ** 2):
+            a, b = rng.sample(range(len(rows)), 2)
+            common, pool = rows[a] & rows[b], list(rows[a] ^ rows[b])
+            rng.shuffle(pool)
+            only_a = len(rows[a]) - len(common)
+            rows[a], rows[b] = common | set(pool[:only_a]), common | set(pool[only_a:])
+        drawn = np.zeros_like(matched)
+        for row, columns in zip(drawn, rows):
+            row[list(columns)] = True
+        yield drawn
+
+
+def nearness(matched: np.ndarray) -> float:
+    """Mean kappa of neighbouring layers less that of all other pairs of layers."""
+    agreement = kappa(matched)
     a, b = np.triu_indices(len(agreement), 1)
-    there = np.isfinite(agreement[a, b])
-    a, b = a[there], b[there]
-    if len(a) < 3:
-        return Trend(float("nan"), float("nan"))
-    values, nearness = _ranks(agreement[a, b]), np.zeros(len(agreement))
-    nearness[b - a] = _ranks(a - b)  # the rank of -distance, by distance
-    values, nearness = values - values.mean(), nearness - nearness[b - a].mean()
-    norm = float(np.sqrt((values @ values) * (nearness[b - a] @ nearness[b - a])))
-    if norm == 0:
-        return Trend(float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    observed = values @ nearness[b - a]
-    orders = (rng.permutation(len(agreement)) for _ in range(permutations))
-    larger = sum(values @ nearness[abs(order[b] - order[a])] >= observed - 1e-9 for order in orders)
-    return Trend(float(observed / norm), float((1 + larger) / (1 + permutations)))
+    pairs, near = agreement[a, b], b - a == 1
+    return float(pairs[near].mean() - pairs[~near].mean())
 
 
-def verdict(holds: bool, opposite: bool) -> str:
-    return "holds" if holds else "contradicted" if opposite else "open"
+def rank_correlation(x, y) -> float:
+    """Spearman's rho; NaN where x or y is constant."""
+    ranks = []
+    for values in (np.asarray(x, float), np.asarray(y, float)):
+        below, level = values[:, None] > values, values[:, None] == values
+        ranks.append(below.sum(1) + level.sum(1) / 2)  # ties get their mean
+    if len(ranks[0]) < 2 or not all(np.ptp(rank) for rank in ranks):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
-def result(claim: str, statistic: str, test, y, *x) -> dict:
-    """One claim in one seed, by a one-sided test: "holds" where p < 0.05, "contradicted" where the
-    opposite has p < 0.05, else "open", as with too few layers to tell."""
-    trend, opposite = test(*x, np.asarray(y, float)), test(*x, -np.asarray(y, float))
-    return {"claim": claim, "statistic": f"rho of {statistic}", "value": trend.rho, "low": None,
-            "high": None, "p_value": trend.p_value,
-            "verdict": verdict(trend.p_value < 0.05, opposite.p_value < 0.05)}
+# ---------------------------------------------------------------- the claims, a row each
 
 
-def claims_of_seed(records: list[dict], hypernyms: list[dict]) -> list[dict]:
-    """All claims on the scores of one seed, a record a layer, and its rows of hypernyms.csv."""
-    depth = [record["layers"]["layer"] for record in records]
-
-    def column(name, labels="true"):
-        return np.array([row[name] for record in records for row in record["hierarchy"]
-                         if row["dictionary"] == "sae" and row["labels"] == labels], float)
-
-    results = [
-        result(claim, f"layer and {name}", rising_trend, [row["layers"][name] for row in records],
-               depth)
-        for claim, name in [("category information grows with depth", "probe_top1"),
-                            ("early layers are easier to auto-encode", "nmse"),
-                            ("early layers need fewer active latents", "l0")]
-    ]
-    for claim, name, sign in [
-        ("latents grow more specific: LCH height falls", "lch_height_pairwise", -1),
-        ("Ontological Coverage grows", "coverage", 1),
-        ("more hypernyms are the LCH of some latent", "hypernyms_lch", 1),
-        ("more hypernyms are matched by some latent", "hypernyms_matched", 1),
-    ]:
-        y, chance, said = sign * column(name), sign * column(name, "shuffled"), f"layer and {name}"
-        said = said if sign > 0 else f"layer and -{name}"
-        results += [result(claim, said, rising_trend, y, depth),
-                    result(f"{claim.split(': ')[-1]}, by more than under shuffled labels",
-                           f"{said}, true less shuffled", rising_trend, y - chance, depth)]
-    agreement = consistency([record["hypernyms"] for record in records])
-    results.append(result("near layers agree more than far ones", "nearness and Jaccard (Mantel)",
-                          agreement_trend, agreement))
-    emerged = [row for row in hypernyms if row["emergence_layer"] is not None]
-    rho = rising_trend([row["height"] for row in emerged],
-                       [-row["emergence_layer"] for row in emerged]).rho
-    results.append({  # hypernyms are nested, so that no p can be trusted: no verdict
-        "claim": "beyond the paper: general hypernyms emerge earlier", "verdict": "no test",
-        "statistic": f"rho of height and -emergence_layer, {len(emerged)} hypernyms", "value": rho,
-        "low": None, "high": None, "p_value": None})
-    results.append(relation_claim(records))
-    for name, said in (("neurons", "raw neurons"), ("untrained", "an untrained SAE")):
-        for where, some in (("in the last layer", records[-1:]), ("over all layers", records)):
-            pairs = [(record["iou_draws"]["sae"], record["iou_draws"][name]) for record in some]
-            draws = np.mean([np.array(a, float) - np.array(b, float) for a, b in pairs], 0)
-            known = draws[np.isfinite(draws)]
-            low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-            ious = [[row["iou"] for row in record["hierarchy"] if row["labels"] == "true"
-                     and row["dictionary"] == of] for of in ("sae", name) for record in some]
-            better, other = np.array(ious, float).reshape(2, -1)
-            results.append({
-                "claim": f"latents hold hypernyms better than {said}, as sparse, {where}",
-                "statistic": "IoU, mean difference over hypernyms, 95% bootstrap over classes",
-                "value": float(np.mean(better - other)),
-                "low": float(low), "high": float(high), "p_value": None,
-                "verdict": verdict(low > 0, high < 0)})
-    return results
+def row_of(claim: str, statistic: str, values, verdict="no test", about_hierarchy=True, **more):
+    """A row of claims.csv; values: one for each seed."""
+    values = np.array(values, float)
+    spread = float(values.std()) if len(values) > 1 else None
+    row = {"claim": claim, "about_hierarchy": about_hierarchy, "verdict": verdict,
+           "seeds": len(values), "value": float(values.mean()), "permuted": None, "spread": spread,
+           "low": None, "high": None, "p_value": None, "statistic": statistic}
+    return row | more
 
 
-def relation_claim(records: list[dict]) -> dict:
-    """In the last layer that has related and unrelated pairs."""
-    rows = [row for record in records for row in record["relations"]
-            if row["dictionary"] == "sae" and row["p_value"] is not None]
-    row = rows[-1] if rows else {"layer": "-", "related": np.nan, "unrelated": 0, "p_value": np.nan}
-    return {"claim": "general latents fire where special ones do", "low": None, "high": None,
-            "statistic": f"share, related less unrelated pairs, layer {row['layer']}",
-            "value": row["related"] - row["unrelated"], "p_value": row["p_value"],
-            "verdict": verdict(row["p_value"] < 0.05, row["p_value"] > 0.95)}
+def is_there(claim: str, records: list[dict], column: str) -> dict:
+    """Is a score better than under permuted trees? records: of one layer, one for each seed."""
+    values = [hierarchy_value(record, column) for record in records]
+    permuted = np.mean([hierarchy_value(record, column, tree="permuted") for record in records])
+    p, opposite = np.array([p_values(record, column) for record in records]).T
+    return row_of(claim, f"{SCORES[column][0]}, last layer", values,
+                  verdict(p <= 0.05, opposite <= 0.05), permuted=float(permuted),
+                  p_value=float(p.max()))
 
 
-READ = {"height": "latents grow more specific: LCH height falls",
-        "coverage": "Ontological Coverage grows"}
+def over_the_seeds(claim: str, statistic: str, values, first=True, last=True) -> dict:
+    """Is a difference above 0 in the mean over seeds? Only where the hierarchy is there, in the
+    `last` layer; it is below 0 only where it is there in the `first`."""
+    if len(values) < FEWEST_SEEDS:
+        return row_of(claim, statistic, values, "needs --seeds 3")
+    low, high = t_interval(values)
+    return row_of(claim, statistic, values, verdict(low > 0 and last, high < 0 and first),
+                  low=low, high=high)
 
 
-def reading_rows(records: list[dict], seed: int) -> list[dict]:
-    """Rows of readings.csv: each claim on a metric under every reading that its words allow."""
-    depth, rows = [record["layers"]["layer"] for record in records], []
-    for key, claim in READ.items():
-        sign = -1 if key == "height" else 1
-        for reading in records[0]["readings"][key]:
-            values = [record["readings"][key][reading] for record in records]
-            values = sign * np.array([np.nan if value is None else value for value in values])
-            found = result(claim, reading, rising_trend, values, depth)
-            rows.append({"claim": claim, "reading": reading, "seed": seed, "value": found["value"],
-                         "p_value": found["p_value"], "verdict": found["verdict"]})
+def over_the_classes(claim: str, statistic: str, values, draws) -> dict:
+    """The same by a bootstrap over classes: draws, one array for each seed."""
+    low, high = np.nanquantile(draws, [0.025, 0.975], axis=1)  # (seeds,) each
+    return row_of(claim, statistic, values, verdict(low > 0, high < 0), about_hierarchy=False,
+                  low=float(low.min()), high=float(high.max()))
+
+
+def hierarchy_claims(layers: list[list[dict]]) -> list[dict]:
+    """layers: of every layer the records, one for each seed."""
+    rows, first, last = [], layers[0], layers[-1]
+    for column, (name, _) in SCORES.items():
+        claim = "the hierarchy is there" if column == MAIN else f"the hierarchy is there, by {name}"
+        rows.append(is_there(claim, last, column))
+        by_layer = np.array([[surplus(record, column) for record in layer] for layer in layers])
+        in_first = is_there("", first, column)["verdict"] == "holds"
+        in_last = rows[-1]["verdict"] == "holds"
+        claim = "it grows with depth" if column == MAIN else f"it grows with depth, by {name}"
+        rows.append(over_the_seeds(claim, f"{name}: S, last third of layers less first",
+                                   thirds(by_layer), in_first, in_last))
+        if len(layers) < FEWEST_LAYERS:
+            rows[-1]["verdict"] = "too few layers"
+        if column == MAIN:
+            gain = [surplus(record, column) - surplus(record, column, "untrained")
+                    for record in last]
+            rows.append(over_the_seeds("training brings it", f"{name}: S, SAE less untrained SAE, "
+                                       "last layer", gain, last=in_last))
     return rows
 
 
-def combine(by_seed: list[list[dict]], readings: list[dict]) -> list[dict]:
-    """Rows of claims.csv: mean and spread over seeds; what holds has to hold in every seed."""
+def layer_claims(layers: list[list[dict]], draws: np.ndarray) -> list[dict]:
+    """What the paper says of layers, whatever the hierarchy; draws (C, D) of the classes."""
     rows = []
-    for results in zip(*by_seed):
-        verdicts = [one["verdict"] for one in results]
-        values = np.array([one["value"] for one in results], float)
-        spread = float(values.std()) if len(values) > 1 else None
-        row = {**results[0], "value": float(values.mean()), "spread": spread}
-        for key, worst in (("low", min), ("high", max), ("p_value", max)):
-            known = [one[key] for one in results if one[key] is not None]
-            row[key] = worst(known) if known else None
-        row["verdict"] = verdicts[0] if len(set(verdicts)) == 1 else "open"
-        tested = verdicts[0] != "no test"
-        row["seeds"] = f"{verdicts.count('holds')}/{len(verdicts)}" if tested else None
-        read = {}  # a reading holds if it does in every seed
-        for reading in readings:
-            if reading["claim"] == row["claim"]:
-                holds = reading["verdict"] == "holds"
-                read[reading["reading"]] = read.get(reading["reading"], True) and holds
-        row["readings"] = f"{sum(read.values())}/{len(read)}" if read else None
-        keys = "claim verdict seeds readings value spread low high p_value statistic".split()
-        rows.append({key: row[key] for key in keys})
+    for column, (claim, above, below) in BY_CLASS.items():
+        values = np.array([[record["layers"][column] for record in layer] for layer in layers])
+        drawn = []
+        for layer in layers:
+            sums = [(np.array(record["by_class"][above]) @ draws,
+                     np.array(record["by_class"][below]) @ draws) for record in layer]
+            drawn.append([top / bottom for top, bottom in sums])
+        rows.append(over_the_classes(claim, f"{column}, last third of layers less first",
+                                     thirds(values), thirds(np.array(drawn))))
+        if len(layers) < FEWEST_LAYERS:
+            rows[-1]["verdict"] = "too few layers"
     return rows
+
+
+def probe_claims(last: list[dict]) -> list[dict]:
+    """Does one latent tell a hypernym better than one unit of the baselines?"""
+    rows = []
+    for other, name in (("untrained", "an untrained one"), ("neurons", "a neuron")):
+        values, draws = [], []
+        for record in last:
+            of_sae, of_other = (np.array(record["iou_draws"][key], float)
+                                for key in ("sae", other))
+            iou = {row["dictionary"]: row["iou"] for row in record["probes"]
+                   if row["units"] == 1 and row["tree"] == "wordnet"}
+            values.append(iou["sae"] - iou[other])
+            draws.append(of_sae - of_other)
+        rows.append(over_the_classes(f"a latent tells a hypernym better than {name}",
+                                     "probe IoU with one unit, difference, last layer", values,
+                                     draws))
+    return rows
+
+
+def consistency_claim(matched: list[np.ndarray]) -> dict:
+    """matched: for each seed (L, H) bool. Layers that match nothing are left out."""
+    claim, statistic = "near layers agree more", "kappa, neighbouring layers less all others"
+    values, p, opposite = [], [], []
+    for sets in matched:
+        sets = sets[sets.any(1)]
+        if len(sets) < FEWEST_LAYERS:
+            return row_of(claim, statistic, [np.nan] * len(matched), "too few layers", False)
+        values.append(nearness(sets))
+        drawn = np.array([nearness(draw) for draw in curveball(sets, 1000)])
+        p.append((1 + (drawn >= values[-1] - 1e-9).sum()) / 1001)
+        opposite.append((1 + (drawn <= values[-1] + 1e-9).sum()) / 1001)
+    judged = verdict(np.array(p) <= 0.05, np.array(opposite) <= 0.05)
+    return row_of(claim, statistic, values, judged, False, p_value=float(max(p)))
+
+
+def described(last: list[dict], hypernyms: list[list[dict]]) -> list[dict]:
+    """What no test can judge: hypernyms are nested, and what is matched fires by definition."""
+    correlations = []
+    for rows in hypernyms:
+        emerged = [row for row in rows if row["emergence_layer"] is not None]
+        layers = [-row["emergence_layer"] for row in emerged]
+        correlations.append(rank_correlation([row["height"] for row in emerged], layers))
+    related = [row for record in last for row in record["relations"] if row["dictionary"] == "sae"]
+    shares, expected = (np.array([row[key] for row in related], float)
+                        for key in ("related", "expected"))
+    return [
+        row_of("general hypernyms emerge earlier", "Spearman's rho of height and earliness",
+               correlations),
+        row_of("general latents fire where special ones do", "share of top images; for permuted: "
+               "expected from class rates; last layer", shares, permuted=float(expected.mean()))]
+
+
+def claims_of(records: dict, hypernyms: dict, tree: Taxonomy) -> list[dict]:
+    """Rows of claims.csv. records: by (layer, seed), as stage 3 makes them; hypernyms: the rows of
+    hypernyms.csv by seed."""
+    layers, matched = [], []
+    for layer in sorted({layer for layer, _ in records}):
+        layers.append([records[layer, seed] for seed in hypernyms])
+    for of_seed in zip(*layers):
+        matched.append(matched_sets([record["hypernyms"] for record in of_seed], tree))
+    rows = hierarchy_claims(layers)
+    rows += layer_claims(layers, class_draws(len(tree.classes)).numpy())
+    rows += probe_claims(layers[-1]) + [consistency_claim(matched)]
+    if len(tree.classes) < FEWEST_CLASSES:
+        for row in rows:
+            row["verdict"] = "too few classes"
+    return rows + described(layers[-1], list(hypernyms.values()))

@@ -1,4 +1,4 @@
-"""The four figures of a run, each drawn from its tables to a PNG file."""
+"""The figures of a run, each drawn from its tables to a PNG file."""
 from pathlib import Path
 
 import matplotlib
@@ -10,11 +10,11 @@ plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "figure.constrained_layout.use": True})
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each
 STYLES = {
-    ("sae", "true"): dict(color="#0072B2", marker="o", label="SAE"),
-    ("sae", "shuffled"): dict(color="#D55E00", marker="x", label="SAE, shuffled labels",
-                              linestyle="--"),
-    ("neurons", "true"): dict(color="#009E73", marker="s", label="raw neurons, as sparse"),
-    ("untrained", "true"): dict(color="#CC79A7", marker="^", label="untrained SAE, as sparse"),
+    "sae": dict(color="#0072B2", marker="o", label="SAE"),
+    "neurons": dict(color="#009E73", marker="s", label="raw neurons, at equal sparsity",
+                    linestyle=":"),
+    "untrained": dict(color="#CC79A7", marker="^", label="untrained SAE, at equal sparsity",
+                      linestyle="-."),
 }
 DPI = 220  # twice what a screen shows
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -68,34 +68,64 @@ def draw_layers(path: Path, layers: list[dict]) -> None:
     _finish(figure, path)
 
 
-def draw_hierarchy(path: Path, hierarchy: list[dict], possible: int) -> None:
-    """The hierarchy's scores by layer, of the SAE and its baselines."""
-    figure, axes = plt.subplots(2, 2, figsize=(8, 6.8))
-    for axis, column, title, ylabel in [
-        (axes[0, 0], "lch_height_pairwise", "LCH height, pairwise", "edges above the classes"),
-        (axes[0, 1], "iou", "Hypernym IoU", "mean over hypernyms"),
-        (axes[1, 0], "hypernyms_lch", "Hypernyms that are an LCH", f"of {possible}"),
-        (axes[1, 1], "hypernyms_matched", "Hypernyms matched", f"of {possible}"),
-    ]:
-        for key, style in STYLES.items():
-            rows = [row for row in hierarchy if (row["dictionary"], row["labels"]) == key]
-            _line(axis, rows, column, **style)
-        _panel(axis, title, ylabel, ylim=(0, None))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+def draw_hierarchy(path: Path, tables: dict) -> None:
+    """The main figure: LCH height between classes by layer, of the SAE and its baselines, and the
+    band of permuted trees, two standard deviations to either side of their mean."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for name, style in STYLES.items():
+        rows = [row for row in tables["hierarchy"] if row["dictionary"] == name]
+        _line(axis, [row for row in rows if row["tree"] == "wordnet"], "lch_height_between", **style)
+        if name == "sae":
+            permuted = [row for row in rows if row["tree"] == "permuted"]
+    spread = [row for row in tables["permuted_sd"] if row["dictionary"] == "sae"]
+    mean = _line(axis, permuted, "lch_height_between", color="0.4", linestyle="--",
+                 label="SAE, permuted trees")
+    depth = list(dict.fromkeys(row["layer"] for row in permuted))
+    half = 2 * np.array([np.mean([row["lch_height_between"] for row in spread
+                                  if row["layer"] == layer]) for layer in depth])
+    axis.fill_between(depth, mean - half, mean + half, color="0.6", alpha=0.3, linewidth=0)
+    _panel(axis, "How far up two top images of different classes meet",
+           "LCH height, edges (↓ more specific)")
+    figure.legend(loc="outside lower center", ncols=2)
+    _finish(figure, path)
+
+
+def draw_probes(path: Path, probes: list[dict]) -> None:
+    """Hypernym probes: IoU by the number of units in the last layer, and by layer."""
+    figure, (few, depth) = plt.subplots(1, 2, figsize=(10, 4.6))
+    last = max(row["layer"] for row in probes)
+    token = dict(color="black", marker="D", label="class token, all of it")
+    for tree in ("wordnet", "permuted"):
+        more = {} if tree == "wordnet" else {"linestyle": "--", "alpha": 0.5, "label": None}
+        rows = [row for row in probes if row["tree"] == tree]
+        for name, style in STYLES.items():
+            mine = [row for row in rows if row["dictionary"] == name]
+            _line(few, [row | {"layer": row["units"]} for row in mine if row["layer"] == last],
+                  "iou", **style | more)
+            _line(depth, [row for row in mine if row["units"] == 1], "iou", **style | more)
+        whole = [row for row in rows if row["dictionary"] == "token"]
+        ends = np.mean([row["iou"] for row in whole if row["layer"] == last])
+        few.axhline(ends, color="black", **{"linestyle": "-"} | {
+            key: value for key, value in more.items() if key != "label"})
+        _line(depth, whole, "iou", **token | more)
+    few.set(title=f"Layer {last}", xlabel="units of the probe", ylabel="IoU with the hypernym",
+            xscale="log", xticks=[1, 4, 16], xticklabels=["1", "4", "16"], ylim=(0, None))
+    _panel(depth, "One unit, and the whole token", "IoU (dashed: permuted tree)", ylim=(0, None))
+    figure.legend(*depth.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _finish(figure, path)
 
 
 def draw_consistency(path: Path, agreement: np.ndarray, depth: list[int]) -> None:
-    """Heat map of the Jaccard (L, L) of what every two layers match; grey where undefined."""
+    """Heat map of kappa (L, L) of what every two layers match; grey where undefined."""
     figure, axis = plt.subplots(figsize=(6, 5))
     axis.grid(False)
     axis.set_facecolor("0.85")
-    image = axis.imshow(agreement, vmin=0, vmax=1, cmap="viridis", origin="lower")
+    image = axis.imshow(agreement, vmin=-0.2, vmax=1, cmap="viridis", origin="lower")
     places = range(0, len(depth), -(-len(depth) // 12))
     names = [depth[i] for i in places]
     axis.set(xticks=places, xticklabels=names, yticks=places, yticklabels=names,
-             xlabel="layer", ylabel="layer", title="Hypernyms that two layers share")
-    figure.colorbar(image, ax=axis, label="Jaccard of the hypernyms matched")
+             xlabel="layer", ylabel="layer", title="Do two layers match the same hypernyms?")
+    figure.colorbar(image, ax=axis, label="kappa: 0 by chance, 1 the same")
     _finish(figure, path)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dinov2_hooks import relevancy_maps
 from kit.figures import (display_name, draw_consistency, draw_emergence, draw_hierarchy,
-                         draw_layers)
+                         draw_layers, draw_probes)
 from kit.tables import cell, write_tables
 from sae import SparseAutoencoder
 
@@ -87,14 +87,17 @@ FIGURES = {  # name: (alt text, caption), in the order in which to read them
         "counts the token's constant part, FVU does not: where NMSE is far below FVU, the token "
         "hardly changes from image to image."),
     "hierarchy": (
-        "Plots by layer of LCH height, IoU and hypernyms found, for the SAE and baselines.",
-        "If the hierarchy is there, the blue line leaves the orange one (shuffled labels). Raw "
-        "neurons and the untrained SAE fire as seldom as the SAE's latents: what training adds is "
-        "the way from them to the blue line. Bands: standard deviation over seeds."),
+        "Plot by layer of the LCH height between classes, for the SAE, baselines, permuted trees.",
+        "If the hierarchy is there, the blue line lies below the grey band: the same latents, the "
+        "classes dealt anew to the leaves of the tree. Raw neurons and the untrained SAE have the "
+        "SAE's own firing rates: what training adds is the way from them to the blue line."),
+    "probes": (
+        "Plots of the IoU of hypernym probes, by the number of units and by layer.",
+        "How well few units tell the images under a hypernym, beside all of the token. Dashed: the "
+        "same under a permuted tree, which shows what class information alone gives."),
     "consistency": (
-        "Heat map of the Jaccard similarity of the hypernyms matched in every pair of layers.",
-        "Bright near the diagonal: neighbouring layers match the same hypernyms. Grey: neither "
-        "layer matches any."),
+        "Heat map of the kappa of the hypernyms matched in every pair of layers.",
+        "Agreement beyond what sets of these sizes have by chance (0). Grey: a layer matches none."),
     "emergence": (
         "The taxonomy from large hypernyms to small ones, coloured by the layer of emergence.",
         "Each box is a hypernym, as tall as it has classes, its own hypernyms to its left; the "
@@ -108,9 +111,10 @@ def write_results(folder: Path, title: str, note: str, record: dict, latents, ch
     depth = sorted({row["layer"] for row in record["layers"]})
     figures = folder / "figures"
     draw_layers(figures / "layers.png", record["layers"])
-    draw_hierarchy(figures / "hierarchy.png", record["hierarchy"], record["hypernyms_possible"])
+    draw_hierarchy(figures / "hierarchy.png", record)
+    draw_probes(figures / "probes.png", record["probes"])
     draw_consistency(figures / "consistency.png", record.pop("agreement"), depth)
-    draw_emergence(figures / "emergence.png", record.pop("all_hypernyms"), depth, tree)
+    draw_emergence(figures / "emergence.png", record["hypernyms"], depth, tree)
     found, shown = write_tables(folder, title, note, record)
     write_report(folder, title, note, record, found, shown, latents, chain)
     return found, shown
@@ -140,8 +144,8 @@ def write_report(folder: Path, title: str, note: str, record: dict, found: list[
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(note)}</p>",
         "<h2>What was found</h2>", *(f"<p>{escape(text)}</p>" for text in found),
-        "<h2>Claims</h2><p>✓ holds, ○ open, ✗ contradicted: each is tested on this run's numbers, "
-        "in every seed, and where its words allow several readings under each.</p>",
+        "<h2>Claims</h2><p>✓ holds, ○ open, ✗ contradicted: each is judged on this run's numbers, "
+        "beside permuted trees; of several seeds all must agree.</p>",
         html_table(shown["claims"], "claims"),
         "<h2>Figures</h2>",
         *(figure(f"{name}.png", alt, escape(text), f"plot {name}")
@@ -167,7 +171,7 @@ def write_report(folder: Path, title: str, note: str, record: dict, found: list[
             f"{row['best_latent']} of layer {row['best_layer']}, match {row['match']:.2f}, LCH "
             f"{lch}; {name} emerges in layer {row['emergence_layer']}", "latent"))
     parts.append("<h2>Tables</h2>")
-    for name in ("by layer", "layers", "hierarchy", "relations", "hypernyms"):
+    for name in ("by layer", "layers", "hierarchy", "probes", "relations", "hypernyms"):
         parts.append(f"<details{' open' * (name == 'by layer')}><summary>{name.capitalize()}"
                      f"</summary>{html_table(shown[name])}</details>")
     settings = html_table([{"setting": key, "value": value} for key, value in run.items()], "run")

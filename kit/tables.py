@@ -1,4 +1,4 @@
-"""What a run found, in tables (CSV, Markdown, JSON) and in sentences made from its numbers."""
+"""What a run found: tables (CSV, Markdown, JSON) and sentences made from their numbers."""
 import csv
 from pathlib import Path
 
@@ -7,12 +7,19 @@ import numpy as np
 from kit.store import to_json
 
 TABLES = {  # name: columns, for a table without a row
-    "layers": [], "hierarchy": [], "relations": [], "hypernyms": ["wnid", "name"],
-    "consistency": ["layer_a", "layer_b", "jaccard"], "claims": [], "readings": [],
+    "layers": [], "hierarchy": [], "permuted_sd": [], "probes": [], "relations": [],
+    "hypernyms": ["wnid", "name"], "latents": ["layer", "latent"],
+    "consistency": ["layer_a", "layer_b", "kappa"], "claims": [], "readings": [],
 }
-MARKS = {"holds": "✓", "open": "○", "contradicted": "✗", "no test": "–"}
-COMPARED = {"SAE": ("sae", "true"), "untrained": ("untrained", "true"),
-            "neurons": ("neurons", "true"), "shuffled labels": ("sae", "shuffled")}
+MARKS = {"holds": "✓", "open": "○", "contradicted": "✗"}  # else –
+NAMES = {"sae": "SAE", "untrained": "untrained SAE", "neurons": "raw neurons"}
+SHOWN = {  # columns of hierarchy.csv: their heading, with an arrow to what is better
+    "lch_height_between": "LCH height between classes ↓",
+    "lch_height_pairwise": "LCH height, pairwise ↓",
+    "coverage": "coverage ↑",
+    "hypernyms_lch": "hypernyms that are an LCH ↑",
+    "hypernyms_matched": "hypernyms matched ↑",
+}
 
 
 def cell(value) -> str:
@@ -27,61 +34,61 @@ def markdown(rows: list[dict]) -> str:
     if not rows:
         return "none"
     lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
+    for row in rows:
+        lines.append([cell(value) for value in row.values()])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def values_of(rows: list[dict], column: str, **where) -> np.ndarray:
+    """A column of the rows that agree with `where`, as numbers, NaN for None; with the layer and
+    all other keys given one for each seed."""
+    chosen = []
+    for row in rows:
+        if all(row[key] == value for key, value in where.items()):
+            chosen.append(np.nan if row[column] is None else row[column])
+    return np.array(chosen, float)
+
+
 def mean_and_spread(values) -> str:
-    """mean ± standard deviation over seeds, None being no number; the mean where all agree."""
-    values = np.array([np.nan if value is None else value for value in values], float)
-    mean, spread = float(values.mean()), float(values.std())
-    return f"{cell(mean)} ± {spread:.1g}" if spread > 1e-6 * abs(mean) else cell(mean)
+    """mean ± standard deviation over seeds; the mean alone where all agree."""
+    mean, spread = float(np.mean(values)), float(np.std(values))
+    if not spread > 1e-6 * abs(mean):
+        return cell(mean)
+    digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread < 10 else 0
+    return f"{mean:.{min(digits, 4)}f} ± {spread:.{min(digits, 4)}f}"
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
     """Rows that differ in their seed alone as one: of every number mean ± standard deviation."""
+    same = ("layer", "dictionary", "units", "tree", "width")
     groups = {}
     for row in rows:
-        key = tuple(row[name] for name in ("layer", "dictionary", "labels") if name in row)
-        groups.setdefault(key, []).append(row)
-    if all(len(group) == 1 for group in groups.values()):
-        return [{name: value for name, value in row.items() if name != "seed"} for row in rows]
-    same = ("layer", "dictionary", "labels", "width")
-    return [{name: group[0][name] if name in same else mean_and_spread(row[name] for row in group)
-             for name in group[0] if name != "seed"} for group in groups.values()]
+        groups.setdefault(tuple(row.get(key) for key in same), []).append(row)
+    shown = []
+    for group in groups.values():
+        values = {}
+        for key in group[0]:
+            if key != "seed":
+                values[key] = group[0][key] if key in same else mean_and_spread(
+                    values_of(group, key))
+        shown.append(values)
+    return shown
 
 
-def values_of(record: dict, table: str, column: str, layer: int, of="SAE") -> np.ndarray:
-    """One column in one layer, for one of COMPARED: a number a seed, NaN where there is none."""
-    dictionary, labels = COMPARED[of]
-    rows = [row for row in record[table] if row["layer"] == layer
-            and row.get("dictionary", dictionary) == dictionary
-            and row.get("labels", labels) == labels]
-    return np.array([np.nan if row[column] is None else row[column] for row in rows], float)
-
-
-def value_of(*where) -> str:
-    """mean ± standard deviation over seeds of `values_of`."""
-    return mean_and_spread(values_of(*where))
-
-
-def by_layer(record: dict) -> list[dict]:
-    """The numbers that matter most, a row a layer."""
-    rows, both = [], ("SAE", "shuffled labels")
-    for layer in sorted({row["layer"] for row in record["layers"]}):
-        def values(table, column, of=("SAE",)):
-            return ", ".join(value_of(record, table, column, layer, one) for one in of)
-
-        rows.append({
-            "layer": layer, **{name: values("layers", column) for name, column in (
-                ("probe", "probe_top1"), ("FVU", "fvu"), ("L0", "l0"))},
-            "LCH height, pairwise: SAE, shuffled": values("hierarchy", "lch_height_pairwise", both),
-            **{f"{name}: SAE, untrained, neurons": values("hierarchy", column, list(COMPARED)[:3])
-               for name, column in (("IoU", "iou"), ("LCHs", "hypernyms_lch"),
-                                    ("matched", "hypernyms_matched"))},
-            "fires on related, unrelated":
-                f"{values('relations', 'related')}, {values('relations', 'unrelated')}",
-        })
+def by_layer(tables: dict) -> list[dict]:
+    """The scores that matter most: a row for each layer and dictionary, a number a cell."""
+    rows = []
+    for layer in sorted({row["layer"] for row in tables["layers"]}):
+        for dictionary, name in NAMES.items():
+            row, where = {"layer": layer, "": name}, {"layer": layer, "dictionary": dictionary}
+            for column, heading in SHOWN.items():
+                for tree, title in (("wordnet", heading), ("permuted", f"{heading[:-2]}, permuted")):
+                    values = values_of(tables["hierarchy"], column, tree=tree, **where)
+                    row[title] = mean_and_spread(values)
+            for tree, title in (("wordnet", "probe IoU ↑"), ("permuted", "probe IoU, permuted")):
+                values = values_of(tables["probes"], "iou", tree=tree, units=1, **where)
+                row[title] = mean_and_spread(values)
+            rows.append(row)
     return rows
 
 
@@ -90,57 +97,70 @@ def claims_in_short(claims: list[dict]) -> list[dict]:
     rows = []
     for row in claims:
         value = cell(row["value"]) + (f" ± {row['spread']:.1g}" if row["spread"] else "")
-        p, of = row["p_value"], "=" if (row["seeds"] or "").endswith("/1") else "≤"  # the worst
-        sure = f"p {of} {p:.2g}" if p is not None and p == p else None
-        if row["low"] is not None and row["low"] == row["low"]:
+        p, sure = row["p_value"], None
+        if p is not None and p == p:
+            sure = f"p {'≤' if row['seeds'] > 1 else '='} {p:.2g}"  # the worst of the seeds
+        if row["low"] is not None:
             sure = f"{row['low']:.2g} to {row['high']:.2g}"
-        rows.append({
-            "": MARKS[row["verdict"]], "claim": row["claim"], "verdict": row["verdict"],
-            "seeds": row["seeds"], "readings": row["readings"],
-            "value": "ρ = " * row["statistic"].startswith("rho") + value,
-            "p, or 95% interval": sure})
+        rows.append({"": MARKS.get(row["verdict"], "–"), "claim": row["claim"],
+                     "verdict": row["verdict"], "value": value, "permuted": row["permuted"],
+                     "p, or 95% interval": sure, "of": row["statistic"]})
     return rows
 
 
-def findings(record: dict) -> list[str]:
-    """What was found, in three sentences."""
-    depth = sorted({row["layer"] for row in record["layers"]})
+def findings(tables: dict) -> list[str]:
+    """What was found, in sentences: each number beside its value under permuted trees."""
+    depth = sorted({row["layer"] for row in tables["layers"]})
     first, last = depth[0], depth[-1]
+    claims = {row["claim"]: row for row in tables["claims"]}
 
-    def compared(column, others=("untrained", "neurons", "shuffled labels")):
-        names = {"untrained": "untrained SAE", "neurons": "raw neurons"}
-        rest = [f"{names.get(of, of)} {value_of(record, 'hierarchy', column, last, of)}"
-                for of in others]
-        return value_of(record, "hierarchy", column, last), ", ".join(rest)
+    def mean(column, layer=last, dictionary="sae", tree="wordnet"):
+        return float(values_of(tables["hierarchy"], column, layer=layer, dictionary=dictionary,
+                               tree=tree).mean())
 
-    def way(table, column, of="SAE", goes="goes from ", stays="is "):
-        values = dict.fromkeys(value_of(record, table, column, n, of) for n in (first, last))
-        return (goes if len(values) == 2 else stays) + " to ".join(values)
+    def beside(column, layer=last, dictionary="sae"):
+        permuted = mean(column, layer, dictionary, "permuted")
+        return f"{cell(mean(column, layer, dictionary))} (permuted {cell(permuted)})"
 
-    lch, lch_rest = compared("hypernyms_lch")
-    matched, matched_rest = compared("hypernyms_matched")
-    iou, iou_rest = compared("iou", ("untrained", "neurons"))
-    related, unrelated = (values_of(record, "relations", column, last)
-                          for column in ("related", "unrelated"))
-    height = way("hierarchy", "lch_height_pairwise")
-    shuffled = way("hierarchy", "lch_height_pairwise", "shuffled labels", goes="", stays="")
-    where, start = f"In layer {last}", "There"
-    if first < last:
-        where, start = f"{where}, the last,", f"From layer {first} to layer {last}"
+    def iou(dictionary, units=None, layer=last):
+        values = []
+        for tree in ("wordnet", "permuted"):
+            where = {"layer": layer, "dictionary": dictionary, "tree": tree}
+            if units:
+                where["units"] = units
+            values.append(cell(float(values_of(tables["probes"], "iou", **where).mean())))
+        return f"{values[0]} (permuted {values[1]})"
+
+    main, grows = claims["the hierarchy is there"], claims["it grows with depth"]
+    is_there = {"holds": "the hierarchy is there", "contradicted": "kin classes are further apart "
+                "than chance has them"}.get(main["verdict"], "no hierarchy can be told from chance")
+    p = "" if main["p_value"] is None else f" (p = {main['p_value']:.2g})"
+    height = [cell(mean("lch_height_between", tree=tree)) for tree in ("wordnet", "permuted")]
     sentences = [
-        f"{where} {lch} of {record['hypernyms_possible']} hypernyms are the lowest common hypernym "
-        f"(LCH) of some latent's top images ({lch_rest}), and {matched} are matched by the classes "
-        f"that some latent responds to ({matched_rest}).",
-        f"{start} the accuracy of a linear probe {way('layers', 'probe_top1')}, and the mean "
-        f"height of the LCH of two of a latent's top images {height} edges (shuffled labels: "
-        f"{shuffled}).",
-        f"Over images, a hypernym and the latent that fits it best overlap by an IoU of {iou} on "
-        f"average ({iou_rest})"]
-    if np.isfinite(related).all():
-        related, unrelated = mean_and_spread(related), mean_and_spread(unrelated)
-        sentences[2] += (f"; a general latent fires on {related} of the top images of the special "
-                         f"latents below it, and on {unrelated} of those of unrelated latents")
-    sentences[2] += "."
+        f"Two of a latent's top images, of different classes, meet {height[0]} edges up in the last "
+        f"layer, {height[1]} under permuted trees{p}: {is_there}. The untrained SAE has "
+        f"{beside('lch_height_between', dictionary='untrained')}, raw neurons "
+        f"{beside('lch_height_between', dictionary='neurons')}."]
+    if first < last:
+        fall = [mean("lch_height_pairwise", first, tree=tree) - mean("lch_height_pairwise", tree=tree)
+                for tree in ("wordnet", "permuted")]
+        ends = [cell(mean("lch_height_pairwise", layer)) for layer in (first, last)]
+        sure = "" if grows["low"] is None else (
+            f" (95% interval {cell(grows['low'])} to {cell(grows['high'])})")
+        sentences += [
+            f"In the first layer it is {beside('lch_height_between', first)}. From the first third "
+            f"of the layers to the last, the hierarchy's part grows by {cell(grows['value'])} edges"
+            f"{sure}: {grows['verdict']}.",
+            f"Pairwise LCH height goes from {ends[0]} to {ends[1]}, by {cell(fall[0])} edges; under "
+            f"permuted trees by {cell(fall[1])}: that part is latents becoming class-specific."]
+    count = len(tables["hypernyms"])
+    sentences += [
+        f"In the last layer, of {count} hypernyms {beside('hypernyms_lch')} are the lowest common "
+        f"hypernym (LCH) of some latent's top images, and {beside('hypernyms_matched')} are matched "
+        "by a latent on images that it was not chosen on.",
+        f"One latent tells the images under a hypernym by an IoU of {iou('sae', 1)}, one untrained "
+        f"latent by {iou('untrained', 1)}, one raw neuron by {iou('neurons', 1)}, the class token "
+        f"as a whole by {iou('token')}."]
     return sentences
 
 
@@ -155,7 +175,8 @@ def write_tables(folder: Path, title: str, note: str, record: dict) -> tuple[lis
             writer.writeheader()
             writer.writerows(record[name])
     shown = {"by layer": by_layer(record), "claims": claims_in_short(record["claims"])}
-    shown |= {name: over_seeds(record[name]) for name in ("layers", "hierarchy", "relations")}
+    for name in ("layers", "hierarchy", "probes", "relations"):
+        shown[name] = over_seeds(record[name])
     shown["hypernyms"] = record["hypernyms"]
     found = findings(record)
     text = [f"# {title}", note, *found]

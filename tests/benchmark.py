@@ -15,20 +15,21 @@ import resource
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import metrics
+import reproduce
 import sae as sae_module
 from dinov2_hooks import TokenFiles
 from kit.demo import SmallViT
 from kit.job import precisions
 from kit.process import keep_freed_memory
 from kit.store import checksum
-from metrics import iou_draws, pairwise, profile_latents, readings, relate, score_hierarchy
 from sae import (ActivationBuffer, SparseAutoencoder, Training, fast_precision, loss_of, train_sae)
 from taxonomy import Taxonomy, imagenet1k
 
@@ -219,57 +220,46 @@ def extract(rounds, quick):
 
 
 def score(rounds, quick):
-    tree = Taxonomy.from_wnids(imagenet1k())
-    latents, images, k = (512, 4000, 16) if quick else (12288, 50_000, 16)
-    labels = np.arange(1000).repeat(images // 1000)
-    generator = torch.Generator().manual_seed(0)  # 7% of the latents fire
-    pool = torch.relu(torch.randn(4096, latents, generator=generator) - 1.5).to(DEVICE)
-    starts = range(0, images, 2048)
-    batches = (pool[start % 2048 :][: min(2048, images - start)] for start in starts)
-    start = time.perf_counter()
-    (profile,) = profile_latents(lambda z: z, batches, [labels], 1000, k)
-    times = [start, time.perf_counter()]
-    scores = score_hierarchy(profile, tree, k)
-    times.append(time.perf_counter())
-    found = readings(profile, scores, tree, k)
-    times.append(time.perf_counter())
-    iou_draws(profile, scores, tree)
-    relate(lambda z: z, lambda rows: pool[torch.as_tensor(rows) % 4096], profile, scores, tree, k)
-    times.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    said = "profile {:.2f} s, scores {:.2f} s, {} readings {:.2f} s, IoU draws and relations {:.2f} s"
-    seconds = np.diff(times).tolist()
-    count = sum(map(len, found.values()))
-    print(f"hierarchy, {latents:,} latents, {images:,} images, 1,000 classes: "
-          + said.format(*seconds[:2], count, *seconds[2:])
-          + f"; together {sum(seconds):.2f} s, peak memory {peak:.2f} GiB")
-    try:
-        from nltk.corpus import wordnet
+    """One layer and seed at the paper's size: three dictionaries, all trees, probes, readings."""
+    width, expansion, C, rows = (64, 4, 100, (2000, 1000)) if quick else (1536, 8, 1000, (65_536, 50_000))
+    tree, encoding = Taxonomy.from_wnids(imagenet1k()[:C]), [0.0]
+    rng = np.random.default_rng(0)
+    codes, labels = rng.normal(size=(C, width)).astype(np.float32), {}
 
-        wordnet.ensure_loaded()
-    except LookupError:
-        print("  NLTK's WordNet is not installed and is left out")
-        return
-    warnings.simplefilter("ignore")
-    synsets = [wordnet.synset_from_pos_and_offset("n", int(wnid[1:])) for wnid in imagenet1k()]
-    heights, sample = dict(zip(tree.names, tree.height)), 4 if quick else 40
-    looping = time.perf_counter()
-    for latent in range(sample):
-        top = profile.top_classes[latent, :k]
-        lowest = [
-            heights[synsets[a].lowest_common_hypernyms(synsets[b])[0].name()] if a != b else 0
-            for i, a in enumerate(top) for b in top[:i]
-        ]
-        # of several deepest, NLTK gives any first
-        assert abs(np.mean(lowest) - scores.height_pairwise[latent]) < 0.2
-    theirs = (time.perf_counter() - looping) / sample * latents
-    tree = Taxonomy.from_wnids(imagenet1k())  # fresh: nothing computed yet
-    start = time.perf_counter()
-    again = pairwise(tree, tree.height, profile.top_classes[:, :k], same=0)
-    seconds = time.perf_counter() - start
-    assert (again == scores.height_pairwise).all()
-    print(f"  pairwise LCH heights {seconds:.3f} s; in loops over NLTK's lowest_common_hypernyms "
-          f"{theirs:,.0f} s, scaled from {sample} latents: {theirs / seconds:,.0f} x")
+    def timed(encode):
+        def encode_timed(x):
+            start = time.perf_counter()
+            z = encode(x)
+            encoding[0] += time.perf_counter() - start
+            return z
+        return encode_timed
+
+    def dictionaries(*given):
+        for one in metrics.dictionaries_of(*given):
+            yield one._replace(encode=timed(one.encode), probed=timed(one.probed))
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch("reproduce.dictionaries_of", dictionaries):
+        buffers = []
+        for split, count in zip(("train", "val"), rows):
+            labels[split] = rng.permutation(np.arange(count) % C)
+            tokens = np.lib.format.open_memmap(f"{folder}/{split}.npy", "w+", np.float16, (count, width))
+            for start in range(0, count, 4096):
+                here = labels[split][start : start + 4096]
+                tokens[start : start + 4096] = 0.5 * codes[here] + rng.normal(size=(len(here), width))
+            buffers.append(ActivationBuffer(f"{folder}/{split}.npy", DEVICE))
+        statistics = buffers[0].statistics()
+        sae = sae_module.new_sae(statistics, Training(expansion=expansion)).to(DEVICE)
+        sae.b_enc.data.fill_(-0.05)  # about 5% of random latents fire
+        sae.requires_grad_(False)
+        controls = reproduce.permuted_trees(tree)
+        classifier = torch.nn.Linear(width, C).requires_grad_(False).to(DEVICE)
+        start = time.perf_counter()
+        reproduce.score_layer(0, 0, sae, *buffers, labels, statistics, tree, controls, classifier,
+                              k=16, response_rate=0.5)
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"one layer, {len(sae.b_enc):,} latents, {rows[1]:,} + {rows[0]:,} tokens, {C:,} classes: "
+          f"{seconds:.0f} s, {seconds - encoding[0]:.0f} s without encoding; {peak:.2f} GiB at most")
 
 
 def buffer(rounds, quick):

@@ -82,17 +82,17 @@ def write_hub(folder: Path) -> Path:
 
 def make_quick(set_attribute=setattr, figures=False):
     """A small run's time is mostly that of its figures and of the 3,000 steps of its probes."""
-    import metrics
+    import reproduce
     from kit import figures as drawn
     from kit import report
 
-    set_attribute(metrics, "probe_steps", lambda rows: (3, max(1, rows // 256)))
+    set_attribute(reproduce, "PROBE_STEPS", 3)
     set_attribute(drawn, "DPI", 40)
     if not figures:
         def picture(path, *of, **more):
             path.write_bytes(b"no picture")
 
-        for name in ("draw_layers", "draw_hierarchy", "draw_consistency", "draw_emergence"):
+        for name in ("draw_layers", "draw_hierarchy", "draw_probes", "draw_consistency", "draw_emergence"):
             set_attribute(report, name, picture)
 
 

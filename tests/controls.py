@@ -10,6 +10,7 @@ amplitude     the same codes, a signal that is strong from the first layer on gr
 No images: real SAEs, real scoring and real claims on 100 ImageNet classes, six layers of width 48,
 three seeds. In a flat world no claim about the hierarchy may hold, in a constant one no growth.
 """
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
+from metrics import linear_probe
 from sae import ActivationBuffer, Training, train_sae
 from taxonomy import Taxonomy, imagenet1k
 
@@ -55,44 +57,34 @@ def make_world(folder: Path, world: str, tree: Taxonomy, layers: int, seed: int)
     return labels
 
 
-def claims_of_world(world: str, seed: int, layers: int = 6, seeds: int = 3) -> list[dict]:
+def claims_of_world(world: str, seed: int, layers=6, seeds=3, epochs=25) -> list[dict]:
     """The rows of claims.csv on a world."""
     tree = Taxonomy.from_wnids(imagenet1k()[::10])
-    settings = SimpleNamespace(device="cpu", top_k=16, response_rate=0.5)
-    trainings = [Training(batch_size=128, epochs=40, seed=10 * seed + i) for i in range(seeds)]
-    job = SimpleNamespace(settings=settings, tree=tree, trainings=trainings,
-                          layers=list(range(layers)))
-    scores = {}
+    trainings = [Training(4, batch_size=256, epochs=epochs, lr=1e-3, seed=10 * seed + i) for i in range(seeds)]
+    job = SimpleNamespace(tree=tree, trainings=trainings, layers=list(range(layers)))
+    controls, scores = reproduce.permuted_trees(tree), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         labels = make_world(folder, world, tree, layers, seed)
         for layer in job.layers:
-            tokens = {}
-            for split in IMAGES:
-                path = folder / f"{split}_{layer}.npy"
-                mean, variance, *norms = ActivationBuffer(path).statistics()
-                statistics = [mean.tolist(), variance.tolist(), *norms]
-                tokens[split] = {"labels": labels[split], layer: {
-                    "path": path, "intact": True, "tokens": 0, "statistics": statistics}}
+            train, val = (ActivationBuffer(folder / f"{split}_{layer}.npy") for split in IMAGES)
+            statistics = train.statistics()
+            probe = linear_probe(train.tokens, labels["train"], len(tree.classes),
+                                 statistics.mean, statistics.variance, least_steps=300)
             for training in trainings:
-                buffer = ActivationBuffer(folder / f"train_{layer}.npy")
-                sae = folder / f"sae_{layer}_{training.seed}"
-                train_sae(buffer, training, about={"seed": training.seed}).save_pretrained(sae)
-                path = folder / f"scores/{training.seed}/{layer}.json"
+                sae = train_sae(train, training, statistics, {"seed": training.seed})
                 scores[layer, training.seed] = reproduce.score_layer(
-                    job, training.seed, path, layer, tokens, sae)
+                    layer, training.seed, sae, train, val, labels, statistics, tree, controls,
+                    probe, k=16, response_rate=0.5)
         return reproduce.tables_of(scores, job)["claims"]
 
 
 def main(world: str, count: str, first: str = "0") -> None:
     torch.set_num_threads(1)
-    verdicts = {}
     for seed in range(int(first), int(first) + int(count)):
         for row in claims_of_world(world, seed):
-            verdicts.setdefault(row["claim"], []).append(row["verdict"])
-    print(f"{world}, {count} worlds: holds, contradicted")
-    for claim, said in verdicts.items():
-        print(f"{said.count('holds'):4} {said.count('contradicted'):4}  {claim}", flush=True)
+            row = {"world": world, "seed": seed, **row}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Verdicts against closed forms and enumeration, and on small worlds whose truth is known."""
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from controls import claims_of_world
+from kit.claims import curveball, nearness, rank_correlation, t_interval, thirds, verdict
+from metrics import kappa
+
+
+def test_t_interval_against_tables():
+    for values, t in (([1, 2, 4], 4.3027), ([1, 2, 4, 9], 3.1824), (list(range(31)), 2.0423)):
+        low, high = t_interval(values)
+        half = t * np.std(values, ddof=1) / np.sqrt(len(values))
+        assert (high - low) / 2 == pytest.approx(half, rel=1e-4)
+        assert (high + low) / 2 == pytest.approx(np.mean(values))
+
+
+def test_thirds_and_verdicts():
+    assert thirds(np.array([1.0, 2, 3, 4, 5, 6, 9])) == pytest.approx(20 / 3 - 2)  # 3 of 7 layers
+    assert thirds(np.array([[1.0, 0], [5, 5], [2, 7], [8, 8]])).tolist() == [2, 5]
+    assert verdict(np.array([True, True]), np.array([False, False])) == "holds"
+    assert verdict(np.array([True, False]), np.array([False, True])) == "open"
+    assert verdict(False, True) == "contradicted"
+
+
+def test_curveball_keeps_both_margins_and_is_uniform():
+    matrix = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]], bool)
+    rows, columns = matrix.sum(1), matrix.sum(0)
+    every = []
+    for cells in itertools.product([False, True], repeat=12):
+        other = np.array(cells).reshape(3, 4)
+        if (other.sum(1) == rows).all() and (other.sum(0) == columns).all():
+            every.append(other.tobytes())
+    counts = Counter(drawn.tobytes() for drawn in curveball(matrix, 3000))
+    assert set(counts) == set(every) and len(every) > 10
+    expected = 3000 / len(every)
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert chi_square < len(every) + 4 * np.sqrt(2 * len(every))
+
+
+def test_nearness_by_hand():
+    sets = np.random.default_rng(0).random((4, 30)) < 0.4
+    agreement = kappa(sets)
+    near = [agreement[0, 1], agreement[1, 2], agreement[2, 3]]
+    far = [agreement[0, 2], agreement[0, 3], agreement[1, 3]]
+    assert nearness(sets) == pytest.approx(np.mean(near) - np.mean(far))
+
+
+def test_rank_correlation_closed_forms():
+    # without ties 1 - 6 Σd² / (n (n² - 1)); here d = (0, 1, -1, 0)
+    assert rank_correlation(range(4), [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / 60)
+    ties = np.corrcoef([0, 1, 2, 3], [0.5, 0.5, 2, 3])[0, 1]
+    assert rank_correlation(range(4), [1, 1, 2, 4]) == pytest.approx(ties)
+    assert np.isnan(rank_correlation([1, 2], [3, 3])) and np.isnan(rank_correlation([], []))
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    """Worlds of four layers and three seeds, of fewer tokens than in the calibration."""
+    return {world: {row["claim"]: row for row in claims_of_world(world, 1, layers=4, epochs=15)}
+            for world in ("flat", "hierarchical")}
+
+
+def test_a_world_without_a_hierarchy_earns_no_verdict_on_it(verdicts):
+    rows = verdicts["flat"]
+    assert not [claim for claim, row in rows.items()
+                if row["about_hierarchy"] and row["verdict"] == "holds"]
+    assert rows["category information grows with depth"]["verdict"] == "holds"
+
+
+def test_a_world_with_a_hierarchy_does(verdicts):
+    rows = verdicts["hierarchical"]
+    assert rows["the hierarchy is there"]["verdict"] == "holds"
+    assert rows["the hierarchy is there"]["value"] < rows["the hierarchy is there"]["permuted"] - 0.3
+    assert rows["it grows with depth"]["verdict"] == "holds"
+    assert rows["general hypernyms emerge earlier"]["verdict"] == "no test"
