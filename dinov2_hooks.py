@@ -3,6 +3,8 @@
     model = load_backbone("dinov2_vits14")                       # or any ViT with .blocks
     images = torch.stack([eval_transform()(picture)])            # (B, 3, 224, 224), from PIL
     tokens = class_tokens(model, images, layers=range(12))       # (12, B, 384)
+    record(model, dataset, "tokens/train", layers=[11])          # of many images, on disk
+    finish("tokens/train", [11], len(dataset), 384)              # tokens/train/layer_11.npy
     maps = relevancy_maps(model, images, 11, lambda x: x[:, 0])  # (B, 16, 16): where it looks
 
 Layer N is the output of blocks.N, counted from 0, before the final norm: to the bit DINOv2's own
@@ -10,10 +12,13 @@ Layer N is the output of blocks.N, counted from 0, before the final norm: to the
 DINOv2 (with and without registers), DINOv3, DINO v1 and timm's ViTs: their class token is token 0.
 """
 import hashlib
+import json
 import math
 import os
 import re
+import time
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +27,16 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from tqdm import tqdm
 
 # code pinned to a commit: a run next year is this run
 HUB = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
+BATCH = 64  # images through the backbone at once
+SAVE_SECONDS = 30  # how often the rows so far are put on disk for good
+HEADER = 128  # bytes before the first row of an .npy file
 
 
 class BackboneError(ValueError):
@@ -56,10 +66,10 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, device="cpu", **options) -> nn.
         raise BackboneError(
             f"{name} could not be fetched from {hub} ({error}); without internet, give a local copy"
             ", and have the weights in torch.hub's cache (README, 'Without internet')") from error
-    except ImportError as error:
-        raise BackboneError(f"{hub} needs a package: pip install {error.name}") from error
     except (Exception, SystemExit) as error:  # the repository's own code, which may raise anything
-        raise BackboneError(f"{hub}: {name} failed with {type(error).__name__}: {error}") from error
+        raise BackboneError(f"{hub}: {name} failed with {type(error).__name__}: {error}; a package "
+                            f"may be missing, or the copy in {torch.hub.get_dir()} be incomplete: "
+                            "then delete it") from error
     if not len(getattr(model, "blocks", ())) or getattr(model, "cls_token", None) is None:
         raise BackboneError(f"{name} is no vision transformer with a class token: it needs .blocks "
                             "and .cls_token")
@@ -73,11 +83,12 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def eval_transform(resize: int = 256, crop: int = 224, interpolation="bicubic",
-                   mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    """DINOv2's evaluation transform, PIL image -> (3, crop, crop)."""
+def eval_transform(resize=256, crop=224, interpolation="bicubic", mean=(0.485, 0.456, 0.406),
+                   std=(0.229, 0.224, 0.225)):
+    """DINOv2's evaluation transform, PIL image -> (3, crop, crop). resize: the short side, or both
+    as (height, width)."""
     return transforms.Compose([
-        transforms.Resize(resize, InterpolationMode(interpolation)),  # the short side
+        transforms.Resize(resize, InterpolationMode(interpolation)),
         transforms.CenterCrop(crop),
         transforms.ToTensor(),
         transforms.Normalize(mean, std),
@@ -93,6 +104,8 @@ def transform_of(model: nn.Module):
     asked = getattr(model, "pretrained_cfg", None) or {}
     crop = asked.get("input_size", (3, 224, 224))[-1]
     resize = math.floor(crop / asked.get("crop_pct", 224 / 256))
+    if asked.get("crop_mode") == "squash":  # without keeping the shape
+        resize = (resize, resize)
     known = {name: asked[name] for name in ("interpolation", "mean", "std") if name in asked}
     return eval_transform(resize, crop, **known)
 
@@ -108,98 +121,168 @@ def class_token_of(output) -> torch.Tensor:
     return (output[0] if isinstance(output, (list, tuple)) else output)[:, 0]
 
 
+@torch.inference_mode()
+def check_class_token(model: nn.Module, image: torch.Tensor, layers) -> None:
+    """Raises BackboneError where token 0 of a layer does not follow the model's `cls_token`: in
+    CaiT and XCiT, say, the class token joins later, and token 0 is a patch."""
+    layers, before = list(layers), model.cls_token.detach().clone()
+    expected = class_tokens(model, image[None], layers)
+    model.cls_token += 1 + before.abs().mean()
+    moved = (class_tokens(model, image[None], layers) != expected).flatten(1).any(1)
+    model.cls_token.copy_(before)
+    if not moved.all():
+        still = [str(layer) for layer, moves in zip(layers, moved.tolist()) if not moves]
+        raise BackboneError(f"token 0 is not the class token in layers {', '.join(still)} of this "
+                            "backbone: leave them out with --layers, or choose another backbone")
+
+
 def class_tokens(model: nn.Module, images: torch.Tensor, layers, precision="float32"):
     """images (B, 3, H, W) -> the class token after each asked-for block, (L, B, n), in one pass.
 
     precision  of the matrix products: float32, or under autocast float16 or bfloat16
-    Raises BackboneError for a layer the model lacks, and for a model that fails on these images.
+    Raises BackboneError for a layer the model lacks, and for images of a size it does not take.
     """
     layers, blocks = list(layers), blocks_of(model)
     for layer in layers:
         if not 0 <= layer < len(blocks):
             raise BackboneError(f"no layer {layer}: the backbone has 0 to {len(blocks) - 1}")
+    if getattr(model, "cls_token", None) is None:
+        raise BackboneError("the model has no cls_token, and so no class token")
     tokens = images.new_empty(len(layers), len(images), model.cls_token.shape[-1])
+    entered = []
 
     def keep(place, block, inputs, output):
         tokens[place] = class_token_of(output)  # copied: a view would keep all of it alive
 
-    handles = [blocks[n].register_forward_hook(partial(keep, i)) for i, n in enumerate(layers)]
+    handles = [blocks[0].register_forward_pre_hook(lambda *given: entered.append(True))]
+    for place, layer in enumerate(layers):
+        handles.append(blocks[layer].register_forward_hook(partial(keep, place)))
     low = precision != "float32"
     try:
         with torch.autocast(images.device.type, getattr(torch, precision), enabled=low):
             model(images)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
-            raise  # which may be of an earlier operation
+    except (RuntimeError, AssertionError) as error:
+        if entered or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise  # a bug inside a block, or of the device, is no matter of the images
         size = " x ".join(map(str, images.shape[1:]))
-        raise BackboneError(f"the backbone fails on images of {size} ({error})") from error
+        raise BackboneError(f"the backbone takes no images of {size} ({error}); another --transform "
+                            "makes others") from error
     finally:
         for handle in handles:
             handle.remove()
     return tokens
 
 
-class TokenFiles:
-    """One .npy file (images, n) in fp16 a layer, of full size from the start, written in place: on
-    a full disk a write is an OSError, where a store to a memory map is a crash.
+def token_path(folder, layer: int) -> Path:
+    return Path(folder, f"layer_{layer:02d}.npy")
 
-    One batch is always under way: a GPU computes it while the one before is written.
+
+class ImageError(ValueError):
+    """An image that cannot be read: an item of a dataset in place of its tensor."""
+
+
+def _collate(items):
+    """Items of a dataset -> images (B, 3, H, W), blank where there is none, and {place: error}."""
+    errors = {i: item for i, item in enumerate(items) if isinstance(item, Exception)}
+    images = [item for item in items if isinstance(item, torch.Tensor)]
+    for i in errors:
+        items[i] = torch.zeros_like(images[0]) if images else torch.zeros(3, 1, 1)
+    return torch.stack(items), errors
+
+
+@torch.inference_mode()
+def record(model: nn.Module, images, folder, layers, precision="float32", workers=0, rank=0,
+           ranks=1, skip_bad=False) -> None:
+    """Write the class tokens of a dataset to folder/layer_NN.part, in fp16; `finish` makes
+    layer_NN.npy of them. Goes on where it was interrupted.
+
+    images  items are tensors (3, H, W), or exceptions, which are raised; with skip_bad an
+            ImageError is noted instead
+    rank    number of this process among `ranks`, each of which writes its share of the rows
+
+    Raises BackboneError for a token that is not finite in fp16.
     """
+    N, width, device = len(images), model.cls_token.shape[-1], model.cls_token.device
+    steps, layers = -(-N // BATCH), list(layers)  # shares are whole batches
+    first, end = (min(N, part * steps // ranks * BATCH) for part in (rank, rank + 1))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    notes, row, bad = Path(folder, f"progress_{rank}_of_{ranks}.json"), first, {}
+    paths = [token_path(folder, layer).with_suffix(".part") for layer in layers]
+    if notes.exists() and all(path.exists() for path in paths):
+        noted = json.loads(notes.read_text())
+        if noted["layers"] == layers:
+            row, bad = noted["row"], noted["bad"]
+    loader = DataLoader(images, BATCH, sampler=range(row, end), num_workers=workers,
+                        collate_fn=_collate, pin_memory=device.type == "cuda",
+                        timeout=600 if workers else 0)
+    bar, saved = tqdm(total=end - first, initial=row - first, unit="image", disable=rank > 0,
+                      desc=f"      {Path(folder).name}"), time.monotonic()
+    with bar, ExitStack() as stack:
+        for path in paths:
+            path.touch()
+        files = [stack.enter_context(open(path, "r+b")) for path in paths]
+        for batch, errors in loader:
+            for i, error in errors.items():
+                if not (skip_bad and isinstance(error, ImageError)):
+                    raise error
+                bad[str(row + i)] = str(error)
+            tokens = np.zeros((len(layers), len(batch), width), np.float16)
+            if len(errors) < len(batch):
+                batch = batch.to(device, non_blocking=True)
+                tokens = class_tokens(model, batch, layers, precision).half().cpu().numpy()
+            for layer, file, rows in zip(layers, files, tokens):
+                if not np.isfinite(rows).all():
+                    image = row + int(np.argmin(np.isfinite(rows).all(1)))
+                    raise BackboneError(
+                        f"layer {layer}, image {image}: the class token is not finite in fp16; try "
+                        "--precision float32, or leave this layer out with --layers")
+                file.seek(HEADER + 2 * width * row)
+                file.write(rows.tobytes())
+            row += len(batch)
+            bar.update(len(batch))
+            if row == end or time.monotonic() - saved > SAVE_SECONDS:
+                for file in files:  # on disk for good, before it is noted
+                    file.flush()
+                    os.fsync(file.fileno())
+                _write_json(notes, {"layers": layers, "row": row, "bad": bad})
+                saved = time.monotonic()
 
-    def __init__(self, folder, layers, images: int, width: int, precision: str = "float32"):
-        self.layers, self.width, self.precision = list(layers), width, precision
-        self.under_way = None
-        self.paths = [Path(folder, f"layer_{layer:02d}.npy") for layer in self.layers]
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.made = False  # whether any file had to be made: then none of its rows is there yet
-        for path in self.paths:
-            size = path.stat().st_size if path.is_file() else 0
-            if size <= 2 * images * width or np.load(path, mmap_mode="r").shape != (images, width):
-                self.made = True
-                np.lib.format.open_memmap(path, "w+", np.float16, (images, width))
-        self.start = np.load(self.paths[0], mmap_mode="r").offset  # of the first row in a file
-        self.files = [open(path, "r+b") for path in self.paths]
 
-    @torch.inference_mode()
-    def record(self, model: nn.Module, images: torch.Tensor, first_row: int, names=None) -> None:
-        """Begin with images (B, 3, H, W), whose class tokens belong in the rows from `first_row`
-        on; then write the batch before.
+def _write_json(path: Path, content) -> None:
+    """Written aside and renamed: the old or the new is there, whenever the process is killed."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content))
+    new.replace(path)
 
-        Raises BackboneError for a token of that batch that is not finite in fp16: `names` are of
-        the images.
-        """
-        images = images.to(model.cls_token.device, non_blocking=True)
-        tokens = class_tokens(model, images, self.layers, self.precision).half()
-        arrived = torch.cuda.Event() if tokens.is_cuda else None
-        tokens = tokens.to("cpu", non_blocking=True)
-        if arrived:
-            arrived.record()
-        self.write_under_way()
-        self.under_way = tokens, arrived, first_row, names
 
-    def write_under_way(self) -> None:
-        if self.under_way is None:
-            return
-        (tokens, arrived, first_row, names), self.under_way = self.under_way, None
-        if arrived:
-            arrived.synchronize()
-        tokens = tokens.numpy()
-        finite = np.isfinite(tokens).all(-1)  # (L, B)
-        if not finite.all():
-            place, image = np.argwhere(~finite)[0]
-            name = names[image] if names is not None else first_row + image
-            raise BackboneError(f"layer {self.layers[place]}, image {name}: "
-                                "the class token is not finite in fp16")
-        for file, rows in zip(self.files, tokens):
-            file.seek(self.start + 2 * self.width * first_row)
-            file.write(rows.tobytes())
-
-    def sync(self) -> None:
-        """Wait until all rows so far are on disk for good."""
-        self.write_under_way()
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
+def finish(folder, layers, rows: int, width: int) -> None:
+    """After all ranks: layer_NN.part -> layer_NN.npy, without the rows of unreadable images, which
+    left_out.json lists with the reasons. Raises ImageError where no image could be read, or others
+    than when earlier layers were recorded."""
+    bad, about = {}, {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
+    notes, left_out = sorted(Path(folder).glob("progress_*.json")), Path(folder, "left_out.json")
+    for path in notes:
+        bad |= json.loads(path.read_text())["bad"]
+    if len(bad) == rows:
+        raise ImageError(f"none of the {rows} images can be read; {bad['0']}")
+    if left_out.exists() and json.loads(left_out.read_text()) != bad:
+        raise ImageError(f"other images could be read when earlier layers of {folder} were "
+                         "recorded: delete that folder")
+    _write_json(left_out, bad)
+    for layer in layers:
+        path = token_path(folder, layer)
+        part = path.with_suffix(".part")
+        if path.exists():
+            continue
+        with open(part, "r+b") as file:
+            np.lib.format.write_array_header_1_0(file, about)
+        if bad:
+            tokens = np.delete(np.load(part), list(map(int, bad)), axis=0)
+            np.save(path.with_suffix(".new.npy"), tokens)
+            path.with_suffix(".new.npy").replace(part)
+        part.replace(path)
+    for path in notes:
+        path.unlink()
 
 
 class _Reached(Exception):
@@ -247,6 +330,8 @@ def relevancy_maps(model: nn.Module, images: torch.Tensor, layer: int, score) ->
     The map is the class token's row of R over the patches: at least 0, all 0 where score is flat.
     Raises BackboneError where there is not one plain softmax attention a block.
     """
+    if not 0 <= layer < len(blocks_of(model)):
+        raise BackboneError(f"no layer {layer}: the backbone has 0 to {len(blocks_of(model)) - 1}")
     tokens = []
 
     def stop(block, inputs, output):

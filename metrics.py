@@ -112,7 +112,7 @@ def sparse_units(directions: torch.Tensor, tokens: torch.Tensor, mean: torch.Ten
         place = len(tokens) - 1 - fires[rows].to(values.device)  # the largest that stays silent
         threshold = values.gather(1, place.clamp(min=0)[:, None]).squeeze(1)
         threshold[place < 0] = -torch.inf
-        threshold[fires[rows] == 0] = torch.inf  # a dead unit, on other tokens too
+        threshold[place == len(tokens) - 1] = torch.inf  # a dead unit, on other tokens too
         thresholds.append(threshold)
     thresholds = torch.cat(thresholds)
 
@@ -279,7 +279,7 @@ def matches_on_A(responses: Responses, leaves: torch.Tensor) -> torch.Tensor:
     does not show the hypernym there."""
     shows = responses.shown_A @ leaves.T > responses.shown_A.sum(1, keepdim=True) / 2
     alive = torch.zeros(len(responses.top), 1, device=leaves.device)
-    alive[torch.from_numpy(responses.alive)] = 1
+    alive[torch.from_numpy(responses.alive).to(leaves.device)] = 1
     return jaccard(responses.responds_A, leaves) * shows * alive
 
 

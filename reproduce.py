@@ -5,16 +5,19 @@
                                                         DINOv2 on photographs, which it fetches
     python reproduce.py --layers all --data imagenet    the paper's job: dinov2_vitg14, one GPU
 
-Four stages, each of which skips what is already in the output folder:
+Four stages, each of which takes what is already in the output folder:
     1. images -> class tokens of every asked-for layer    tokens/{train,val}/layer_NN.npy
-    2. class tokens -> one sparse autoencoder a layer     saes/<settings>/layer_NN/
-    3. latents -> reconstruction, probe, hierarchy        scores/<settings>/layer_NN.json
-    4. scores -> tables, claims, figures, report          results/
+    2. class tokens -> one sparse autoencoder a layer     saes/<settings>-<hash>/layer_NN/
+    3. latents -> reconstruction, probes, hierarchy       scores/<settings>-<hash>/layer_NN.json
+    4. scores -> tables, claims, figures, report          results/<settings>/
 
-torchrun --nproc-per-node 8 reproduce.py ...  shares images and layers among eight GPUs.
+torchrun --nproc-per-node 8 reproduce.py ...  shares images, layers and seeds among eight GPUs.
 """
 import argparse
 import io
+import itertools
+import json
+import os
 import re
 import sys
 import time
@@ -23,38 +26,39 @@ from contextlib import redirect_stderr
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: else busy machines crawl
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dinov2_hooks import HUB, BackboneError, weights_hash
-from kit import hub, plan, report
+from dinov2_hooks import (HUB, BackboneError, ImageError, blocks_of, check_class_token,
+                          eval_transform, finish, load_backbone, record, token_path, transform_of,
+                          weights_hash)
+from kit import demo, hub, report
 from kit.claims import claims_of
-from kit.images import Decoded, fingerprint
-from kit.job import Job, precisions, prepare, saes_name
-from kit.process import (RANK, WORLD, check_disk, keep_freed_memory, lock, of_the_first,
-                         run_as_command, wait_for_all)
-from kit.recording import record_split, statistics_of, token_file
+from kit.data import Decoded, Split, fetch_tiny_imagenet, find_images, fingerprint, workers_for
 from kit.probes import probe_rows
 from kit.readings import readings
 from kit.rows import best_latents, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
-from kit.store import atomic_write, checksum, hash_of, read_record, reuse, write_record
-from kit.tables import markdown
+from kit.runs import (RANK, RANKS, InputError, barrier, check_disk, code_of, keep_freed_memory,
+                      lock, plain_streams, run_as_command, short_hash, to_json, write_aside)
 from metrics import (SAMPLE, as_labels, correct_by_class, dictionaries_of, kappa, linear_probe,
                      profile_latents, reconstruct, relate, responses_of, score_hierarchy)
-from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training,
-                 train_sae)
+from sae import (ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training,
+                 fast_precision, train_sae)
 from taxonomy import Taxonomy, TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
 PROBE_STEPS = 3000  # of the linear probe, at least
 PERMUTED = {"sae": 40, "neurons": 10, "untrained": 10}  # trees whose classes are permuted
+SCORING = ["sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
 LIMITS = {  # of the settings that are numbers: the least and the largest
     "expansion": (1, 10**9), "l1": (0, 1e9), "epochs": (1, 10**9), "batch_size": (1, 10**9),
-    "lr": (1e-12, 1), "top_k": (2, 10**9), "response_rate": (1e-12, 1), "seed": (0, 2**62),
-    "images_per_class": (1, 10**9), "seeds": (1, 1000),
+    "lr": (1e-12, 1), "top_k": (2, 64), "response_rate": (1e-12, 1), "seed": (0, 2**62),
+    "images_per_class": (1, 10**9), "seeds": (1, 1000), "workers": (0, 1000),
 }
 
 
@@ -64,13 +68,16 @@ def parse_settings(argv=None) -> argparse.Namespace:
         usage=argparse.SUPPRESS, allow_abbrev=False)
     add = parser.add_argument
     add("--layers", default="all", help="blocks, from 0: all, last, 0-11 or 3,7,11 (default: all)")
-    add("--data", help="folder with train/ and val/ of wnid folders, or Kaggle's ImageNet; or "
-        "tiny-imagenet, which is fetched (default: $IMAGENET_DIR, ./imagenet, else the demo)")
+    add("--data", help="folder with train/ and val/ of wnid folders, or Kaggle's ImageNet; "
+        "tiny-imagenet, which is fetched; demo (default: $IMAGENET_DIR, ./imagenet, else the demo)")
     add("--backbone", help="entry point of the hub: dinov2_vits14, _vitb14, _vitl14, _vitg14, each "
         "also with _reg (default: dinov2_vitg14, the paper's)")
-    add("--hub", help=f"torch.hub repository, or a folder with a hubconf.py (default: {HUB})")
+    add("--hub", help="torch.hub repository, or a folder with a hubconf.py, whose code is run "
+        f"(default: {HUB})")
     add("--transform", choices=["model", "dinov2"], default="model",
         help="of images: as the model's pretrained_cfg asks, if it has one, or DINOv2's (model)")
+    add("--precision", choices=["float32", "float16", "bfloat16"], help="of the forward pass "
+        "(default: float16 on a GPU, bfloat16 on a CPU that has it, or as tokens were recorded)")
     add("--out", help="output folder (default: runs/<data>-<backbone>)")
     add("--expansion", type=int, default=8, help="SAE: latents per dimension of the token (8)")
     add("--activation", default="relu", help="SAE: relu, the paper's, or topk-K, as topk-32 (relu)")
@@ -85,12 +92,12 @@ def parse_settings(argv=None) -> argparse.Namespace:
         help="θ: a latent responds to a class if it fires on this share of its images (0.5)")
     add("--images-per-class", type=int, help="use no more training images of a class")
     add("--skip-bad-images", action="store_true", help="go on without images that do not decode")
-    add("--plan", action="store_true", help="say what the run would write, compute and take")
     add("--saes", metavar="USER/NAME",
         help="score published SAEs, of the Hub or a folder of layer_NN, instead of training")
     add("--push-to-hub", metavar="USER/NAME", help="publish SAEs and results on Hugging Face")
     add("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
-    add("--seed", type=int, default=0, help="of SAEs, probes and shuffled labels (0)")
+    add("--workers", type=int, help="processes that decode images (one for each CPU)")
+    add("--seed", type=int, default=0, help="of the SAEs (0)")
     add("--seeds", type=int, default=1, help="so many SAEs a layer, from --seed on (1)")
     settings = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
@@ -101,29 +108,207 @@ def parse_settings(argv=None) -> argparse.Namespace:
         parser.error(f"--layers {settings.layers}: give all, last, a range 0-11 or a list 3,7,11")
     if not re.fullmatch(r"relu|topk-[1-9]\d{0,5}", settings.activation):
         parser.error(f"--activation {settings.activation}: give relu or topk-K, as topk-32")
-    if settings.device == "cuda" and torch.cuda.device_count() == 0:
+    if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; give --device cpu, or leave it out")
+    if settings.saes and (settings.push_to_hub or settings.seeds > 1):
+        parser.error("--push-to-hub and --seeds are for SAEs that this run trains: leave out --saes")
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return settings
 
 
-def train_layer(job: Job, training: Training, folder: Path, layer: int, tokens: dict, about: dict,
-                progress) -> None:
-    """Stage 2: the class tokens of a layer -> its SAE, in `folder`."""
-    record = tokens["train"][layer]
-    made_from = {**asdict(training), "layer": layer, "tokens": record["tokens"],
-                 "code": hash_of(HERE / "sae.py")}
-    if reuse(folder / "sae.json", made_from):
-        return
-    buffer = ActivationBuffer(token_file(record), job.settings.device)
-    try:
-        sae = train_sae(buffer, training, statistics_of(record), about | made_from, progress)
-    except SAEError as error:
-        raise SAEError(f"layer {layer}: {error}") from error
-    with atomic_write(folder) as part:
-        sae.cpu().save_pretrained(part)
-        files = {file: checksum(part / file) for file in SAE_FILES}
-        write_record(part / "sae.json", made_from, files=files)
+class Inputs(NamedTuple):
+    """What a run works on, found before anything is written."""
+
+    model: torch.nn.Module
+    transform: object
+    train: Split
+    val: Split
+    tree: Taxonomy
+    layers: list[int]
+    note: str  # what is run, in a sentence
+
+
+def where_to(settings: argparse.Namespace) -> Path:
+    """Fill in data, backbone and hub; returns the output folder."""
+    data = settings.data or os.environ.get("IMAGENET_DIR")
+    data = data or ("imagenet" if Path("imagenet").is_dir() else "demo")
+    if data == "demo":
+        if settings.backbone or settings.hub:
+            raise InputError("--backbone and --hub need images: give --data (the demo has its own "
+                             "ViT)")
+        settings.data, settings.backbone, settings.hub = "demo", "demo", "built in"
+        return Path(settings.out or "runs/demo")
+    if data == "tiny-imagenet" and not Path(data).is_dir():
+        data = str(fetch_tiny_imagenet())
+    settings.data, settings.hub = data, settings.hub or HUB
+    settings.backbone = settings.backbone or "dinov2_vitg14"
+    return Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
+
+
+def find_inputs(settings: argparse.Namespace, out: Path) -> Inputs:
+    """Images, taxonomy and model; what is wrong with them is raised here."""
+    if settings.data == "demo":
+        print(demo.NOTE)
+        transform = eval_transform(demo.SIZE, demo.SIZE)
+        model, folder = demo.open_demo(out, transform.transforms[-1])
+    else:
+        model, folder = None, settings.data
+    train, val, classes = find_images(str(folder), settings.images_per_class)
+    tree, counts = Taxonomy.from_wnids(classes), (len(train.names), len(val.names))
+    note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
+    print(f"      {note}")
+    if len(classes) < 3:
+        raise InputError(f"--data {settings.data}: of two classes no hypernym can be found; give "
+                         "three or more")
+    if settings.top_k > counts[1]:
+        raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
+    if (settings.batch_size or 1) > counts[0]:
+        raise InputError(f"--batch-size {settings.batch_size} is above {counts[0]} training images")
+    if model is None:
+        model = load_backbone(settings.backbone, settings.hub)
+        transform = transform_of(model) if settings.transform == "model" else eval_transform()
+        resize, crop, _, normalise = transform.transforms
+        print(f"      images: short side {resize.size}, crop {crop.size[0]}, mean {normalise.mean}, "
+              f"deviation {normalise.std}")
+    layers = parse_layers(settings.layers, len(blocks_of(model)))
+    latents = settings.expansion * model.cls_token.shape[-1]
+    if settings.activation != "relu" and int(settings.activation[5:]) > latents:
+        raise InputError(f"--activation {settings.activation}: there are only {latents} latents")
+    return Inputs(model, transform, train, val, tree, layers, note)
+
+
+def parse_layers(text: str, depth: int) -> list[int]:
+    """"all", "last", "0-3", "1,4-6" -> layer numbers, in order and each once."""
+    if text in ("all", "last"):
+        return list(range(depth)) if text == "all" else [depth - 1]
+    layers = set()
+    for part in text.split(","):
+        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
+        if last < first or last >= depth:
+            raise InputError(f"--layers {text}: {part} is empty or out of range, the backbone has "
+                             f"layers 0 to {depth - 1}")
+        layers |= set(range(first, last + 1))
+    return sorted(layers)
+
+
+def trainings_of(settings: argparse.Namespace, rows: int) -> list[Training]:
+    """The settings of the SAEs, one for each seed."""
+    batch_size = settings.batch_size or 4096
+    while not settings.batch_size and batch_size > 16 and rows * settings.epochs // batch_size < 1500:
+        batch_size //= 2  # small data needs small batches
+    return [Training(settings.expansion, settings.activation, settings.l1, settings.inputs,
+                     settings.epochs, min(batch_size, rows), settings.lr, seed,
+                     fast_precision(settings.device))
+            for seed in range(settings.seed, settings.seed + settings.seeds)]
+
+
+def name_of(training: Training) -> str:
+    l1 = f"-l1_{training.l1:g}" if training.activation == "relu" else ""
+    return f"{training.activation}{l1}-{training.inputs}-seed_{training.seed}"
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+def check_tokens(settings: argparse.Namespace, inputs: Inputs, folder: Path) -> dict:
+    """What the class tokens in `folder` are made of, written there the first time. Raises
+    InputError where they were made of something else: recording takes hours, and is not begun anew
+    unasked."""
+    path, code = folder / "settings.json", short_hash(code_of(HERE / "dinov2_hooks.py"))
+    known = json.loads(path.read_text()) if path.exists() else {}
+    default = "float16" if settings.device == "cuda" else fast_precision("cpu")
+    precision = settings.precision or known.get("precision", default)
+    about = {
+        "backbone": settings.backbone, "weights": weights_hash(inputs.model),
+        "training images": len(inputs.train.names), "validation images": len(inputs.val.names),
+        "images": fingerprint(inputs.train, inputs.val), "transform": str(inputs.transform),
+        "precision": precision, "skip bad images": settings.skip_bad_images, "code": code}
+    for key, value in about.items():
+        if key not in ("code", "skip bad images") and known.get(key, value) != value:
+            raise InputError(f"the class tokens in {folder} were recorded with other {key}: "
+                             f"{known[key]}, now {value}; give another --out, or delete them")
+    if known.get("code", code) != code:
+        print(f"      dinov2_hooks.py has changed since {folder} was recorded: delete that folder "
+              "to record anew")
+        about["code"] = known["code"]
+    if RANK == 0 and known != about:
+        with write_aside(path) as part:
+            part.write_text(to_json(about))
+    return about
+
+
+def record_tokens(settings: argparse.Namespace, inputs: Inputs, folder: Path,
+                  precision: str) -> dict:
+    """Stage 1. Returns the labels of the rows by split, and as val_ids which image each row is."""
+    model = inputs.model.to(settings.device)
+    labels = {}
+    pixels = inputs.transform.transforms[1].size[0] ** 2
+    workers = workers_for(pixels) if settings.workers is None else settings.workers
+    for name, split in (("train", inputs.train), ("val", inputs.val)):
+        images = Decoded(split, inputs.transform)
+        missing = [n for n in inputs.layers if not token_path(folder / name, n).exists()]
+        rows = len(split.names)
+        if missing:
+            decoded = (image for image in images if isinstance(image, torch.Tensor))
+            for image in itertools.islice(decoded, 1):
+                check_class_token(model, image.to(settings.device), missing)
+            record(model, images, folder / name, missing, precision, workers, RANK, RANKS,
+                   settings.skip_bad_images)
+        barrier()
+        if RANK == 0 and missing:
+            finish(folder / name, missing, rows, model.cls_token.shape[-1])
+        barrier()
+        bad = json.loads((folder / name / "left_out.json").read_text())
+        if bad:
+            print(f"      left out {len(bad)} images that do not decode:", *bad.values(),
+                  sep="\n        ")
+        ids = np.delete(np.arange(rows), [int(row) for row in bad])
+        labels[name], labels["val_ids"] = split.labels[ids], ids
+    model.cpu()  # ViT-g's 4.5 GB are of no use in stages 2 and 3
+    return labels
+
+
+def statistics_of(buffer: ActivationBuffer, tokens: Path) -> Statistics:
+    """Of a layer's training tokens; kept beside them, as at ImageNet's size they take 15 s."""
+    path = tokens.with_suffix(".statistics.json")
+    if not path.exists():
+        mean, variance, *norms = buffer.statistics()
+        with write_aside(path) as part:
+            part.write_text(json.dumps([mean.tolist(), variance.tolist(), *norms]))
+    mean, variance, *norms = json.loads(path.read_text())
+    return Statistics(*(torch.tensor(x, dtype=torch.float64) for x in (mean, variance)), *norms)
+
+
+# ---------------------------------------------------------------- stage 2
+
+
+def train_saes(settings: argparse.Namespace, inputs: Inputs, trainings: list[Training],
+               tokens: Path, about: dict, folders: dict) -> None:
+    """Stage 2: an SAE for each layer and seed, in its folder unless it is there."""
+    pending = [key for key in folders if not folders[key].is_dir()]
+    with tqdm(total=len(pending[RANK::RANKS]), unit="SAE", disable=RANK > 0) as bar:
+        for layer, seed in pending[RANK::RANKS]:
+            training = trainings[seed - settings.seed]
+
+            def progress(step, steps, loss):
+                if step % 100 == 0 or step == steps:
+                    bar.set_description(f"      layer {layer}, seed {seed}, step {step} of {steps}, "
+                                        f"loss {loss.total.item():.3f}")
+
+            path = token_path(tokens / "train", layer)
+            buffer = ActivationBuffer(path, settings.device)
+            try:
+                sae = train_sae(buffer, training, statistics_of(buffer, path),
+                                {**asdict(training), "layer": layer, **about}, progress)
+            except SAEError as error:
+                raise SAEError(f"layer {layer}: {error}") from error
+            with write_aside(folders[layer, seed]) as part:
+                sae.cpu().save_pretrained(part)
+            bar.update()
+    barrier()
+
+
+# ---------------------------------------------------------------- stage 3
 
 
 def permuted_trees(tree: Taxonomy) -> list[Taxonomy]:
@@ -153,7 +338,7 @@ def score_layer(layer: int, seed: int, sae: SparseAutoencoder, train: Activation
         made["relations"].append({**about, "dictionary": name, **related._asdict()})
         if name == "sae":
             made["permuted_draws"] = rows["permuted_draws"]
-            made["hypernyms"] = best_latents(scores, profile, tree, k)
+            made["hypernyms"] = best_latents(scores, profile, responses, tree)
             made["latents"] = latent_rows(layer, scores, profile, responses, tree)
             made["chain"] = [(tree.wnids[scores.hypernyms[h]], share) for h, share in chain]
             read, *others = readings(profile, [tree, *controls[:10]], [scores, *permuted[:10]])
@@ -176,182 +361,151 @@ def score_layer(layer: int, seed: int, sae: SparseAutoencoder, train: Activation
     return made
 
 
-def scores_of_layer(job: Job, layer: int, paths: dict, tokens: dict, folders: dict, controls):
-    """Stage 3 for all seeds of a layer, unless it is done: {(layer, seed): record}."""
-    train, val = tokens["train"][layer], tokens["val"][layer]
-    labels = {split: tokens[split]["labels"] for split in ("train", "val")}
-    code = [HERE / f"{module}.py" for module in ("metrics", "taxonomy", "sae", "reproduce")]
-    settings, scores, probe = job.settings, {}, None
-    for one in job.trainings:
-        path, folder = paths[layer, one.seed], folders[layer, one.seed]
-        made_from = {
-            "tokens": [train["tokens"], val["tokens"]], "classes": job.tree.wnids,
-            "sae": checksum(folder / "model.safetensors"), "top_k": settings.top_k,
-            "seed": one.seed, "code": hash_of(*code), "response_rate": settings.response_rate,
-        }
-        scores[layer, one.seed] = reuse(path, made_from)
-        if scores[layer, one.seed]:
+def score_layers(settings: argparse.Namespace, inputs: Inputs, tokens: Path, labels: dict,
+                 folders: dict, paths: dict) -> dict:
+    """Stage 3: {(layer, seed): rows of all tables}, read where they are there."""
+    controls, layers = permuted_trees(inputs.tree), inputs.layers[RANK::RANKS]
+    for layer in tqdm(layers, "      layers", unit="layer", disable=RANK > 0):
+        pending = [key for key in paths if key[0] == layer and not paths[key].exists()]
+        if not pending:
             continue
-        files = [token_file(record) for record in (train, val)]
-        statistics = statistics_of(train)
-        if probe is None:  # whatever the SAE: once a layer
-            moments = [x.to(settings.device) for x in (statistics.mean, statistics.variance)]
-            probe = linear_probe(np.load(files[0], mmap_mode="r"), labels["train"],
-                                 len(job.tree.classes), *moments, PROBE_STEPS)
-        sae = SparseAutoencoder.from_pretrained(folder).to(settings.device)
-        made = score_layer(layer, one.seed, sae,
-                           *(ActivationBuffer(file, settings.device) for file in files), labels,
-                           statistics, job.tree, controls, probe, settings.top_k,
-                           settings.response_rate)
-        scores[layer, one.seed] = write_record(path, made_from, **made)
-    return scores
+        train, val = (ActivationBuffer(token_path(tokens / split, layer), settings.device)
+                      for split in ("train", "val"))
+        statistics = statistics_of(train, token_path(tokens / "train", layer))
+        moments = [x.to(settings.device) for x in (statistics.mean, statistics.variance)]
+        probe = linear_probe(train.tokens, labels["train"], len(inputs.tree.classes), *moments,
+                             PROBE_STEPS)  # whatever the SAE: once a layer
+        for key in pending:
+            sae = SparseAutoencoder.from_pretrained(folders[key]).to(settings.device)
+            made = score_layer(*key, sae, train, val, labels, statistics, inputs.tree, controls,
+                               probe, settings.top_k, settings.response_rate)
+            with write_aside(paths[key]) as part:
+                part.write_text(to_json(made))
+    barrier()
+    return {key: json.loads(path.read_text()) for key, path in paths.items()}
 
 
-def tables_of(scores: dict[tuple[int, int], dict], job: Job) -> dict:
+# ---------------------------------------------------------------- stage 4
+
+
+def tables_of(scores: dict[tuple[int, int], dict], tree: Taxonomy) -> dict:
     """Stage 4: the scores by layer and seed -> the tables of a run."""
-    seeds, layers = [training.seed for training in job.trainings], job.layers
+    layers, seeds = (sorted(set(numbers)) for numbers in zip(*scores))
     hypernyms, agreements = {}, []
     for seed in seeds:
         best = {layer: scores[layer, seed]["hypernyms"] for layer in layers}
-        hypernyms[seed] = hypernym_rows(best, job.tree)
-        agreements.append(kappa(matched_sets(list(best.values()), job.tree)))
+        hypernyms[seed] = hypernym_rows(best, tree)
+        agreements.append(kappa(matched_sets(list(best.values()), tree)))
     with warnings.catch_warnings():  # of a pair that is NaN in every seed
         warnings.simplefilter("ignore")
         agreement = np.nanmean(agreements, 0)
-    tables = {name: [row for record in scores.values() for row in record[name]]
-              for name in ("hierarchy", "permuted_sd", "probes", "relations", "readings")}
+    tables = {}
+    for name in ("hierarchy", "permuted_sd", "probes", "relations", "readings"):
+        tables[name] = [row for record in scores.values() for row in record[name]]
+    pairs = zip(*np.triu_indices(len(layers), 1))
     return tables | {
         "layers": [record["layers"] for record in scores.values()],
         "hypernyms": hypernyms[seeds[0]],
         "latents": [row for layer in layers for row in scores[layer, seeds[0]]["latents"]],
-        "consistency": [
-            {"layer_a": layers[a], "layer_b": layers[b], "kappa": float(agreement[a, b])}
-            for a, b in zip(*np.triu_indices(len(layers), 1))],
-        "claims": claims_of(scores, hypernyms, job.tree), "agreement": agreement,
-    }
-
-
-def make_results(job: Job, folders: dict, record: dict, scores: dict, tokens: dict) -> None:
-    """Stage 4: scores -> tables, claims, figures, report, in the folder results/."""
-    settings, first = job.settings, job.trainings[0]
-    record |= tables_of(scores, job)
-    records = {layer: scores[layer, first.seed] for layer in job.layers}
-    latents = report.named_latents(record["hypernyms"], records)
-    chain = report.chain_to_show(records, job.tree)
-    saes = {layer: folders[layer, first.seed] for layer in job.layers}
-    root = saes[job.layers[0]].parent
-    title = f"{settings.backbone} on {Path(settings.data).resolve().name}, "
-    title += saes_name(settings, first) + f" and {settings.seeds - 1} more" * (settings.seeds > 1)
-    with atomic_write(job.out / "results") as folder:
-        (folder / "figures").mkdir(parents=True)
-        report.draw_latents(folder / "figures", latents + chain, saes, job.model,
-                            Decoded(job.val, job.transform), tokens["val"]["ids"])
-        found, shown = report.write_results(folder, title, job.note, record, latents, chain,
-                                            job.tree)
-    print("\n" + "\n\n".join(found) + "\n")
-    for row in shown["claims"]:
-        sure = "" if row["p, or 95% interval"] is None else f", {row['p, or 95% interval']}"
-        print(f"  {row['']} {row['claim']}: {row['value']}{sure}, {row['verdict']}")
-    print(f"\n{job.note}\nReport: {job.out / 'results/report.html'}; tables beside it; "
-          f"SAEs: {root}")
-    if not settings.saes:
-        repo = settings.push_to_hub or "USER/NAME"
-        tables = f"{markdown(shown['by layer'])}\n\n{markdown(shown['claims'])}"
-        hub.write_card(root, repo, title, job.note, job.layers[-1], tables)
-    if settings.push_to_hub:
-        hub.publish(settings.push_to_hub, root, job.out / "results")
-
-
-def run_stages(job: Job, roots: dict[int, Path]) -> None:
-    """All four stages; `roots` are the folders of the SAEs by seed."""
-    settings, first, times = job.settings, job.trainings[0], [time.time()]
-    mine = [(layer, one) for one in job.trainings for layer in job.layers][RANK::WORLD]
-    print("[1/4] images -> class tokens")
-    made_from = {
-        "format": 1, "images": fingerprint(job.train, job.val), "backbone": settings.backbone,
-        "train images": len(job.train.names), "val images": len(job.val.names),
-        "weights": weights_hash(job.model), "transform": str(job.transform),
-        "precision": settings.token_precision,
-    }
-    tokens = {
-        name: record_split(job.model, job.transform, split, job.layers, job.out / "tokens" / name,
-                           made_from, settings.skip_bad_images)
-        for name, split in (("train", job.train), ("val", job.val))
-    }
-    times.append(time.time())
-
-    print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or first}")
-    folders = {(layer, one.seed): roots[one.seed] / f"layer_{layer:02d}"
-               for one in job.trainings for layer in job.layers}
-    about = {"backbone": settings.backbone, "images": made_from["images"]}
-    with tqdm(total=0, unit="step", disable=RANK > 0 or bool(settings.saes)) as bar:
-        def progress(step, steps, loss):
-            bar.total = steps * len(mine)
-            bar.update()
-
-        for layer, one in [] if settings.saes else mine:
-            bar.set_description(f"      layer {layer}, seed {one.seed}")
-            train_layer(job, one, folders[layer, one.seed], layer, tokens, about, progress)
-    wait_for_all()
-    times.append(time.time())
-
-    print("[3/4] latents -> scores")
-    kept = job.out / "scores"
-    paths = {(layer, one.seed): kept / saes_name(settings, one) / f"layer_{layer:02d}.json"
-             for layer in job.layers for one in job.trainings}
-    scores, controls = {}, permuted_trees(job.tree)
-    for layer in tqdm(job.layers[RANK::WORLD], "      layers", unit="layer", disable=RANK > 0):
-        scores |= scores_of_layer(job, layer, paths, tokens, folders, controls)
-    wait_for_all()
-    times.append(time.time())
-    if RANK > 0:
-        return
-
-    print("[4/4] scores -> tables, figures, report")
-    record = {
-        "settings": vars(settings) | {"batch_size": first.batch_size, "out": str(job.out)},
-        "made_from": made_from, "saes": str(roots[first.seed]),
-        "seconds": dict(zip(("tokens", "saes", "scores"), np.diff(times).round(1).tolist())),
-        "left_out": {split: len(found["left_out"]) for split, found in tokens.items()},
-        "versions": {name: version(name) for name in ("torch", "torchvision", "nltk", "numpy")},
-    }
-    scores = {key: scores.get(key) or read_record(path) for key, path in paths.items()}
-    make_results(job, folders, record, scores, tokens)
-    print(f"Done in {time.time() - times[0]:.0f} s.")
+        "consistency": [{"layer_a": layers[a], "layer_b": layers[b],
+                         "kappa": float(agreement[a, b])} for a, b in pairs],
+        "claims": claims_of(scores, hypernyms, tree)}
 
 
 def run(settings: argparse.Namespace) -> None:
-    said = of_the_first(precisions(settings.device))
-    settings.token_precision, settings.sae_precision = said
-    if RANK > 0 and settings.plan:
-        return
-    if RANK > 0:
-        wait_for_all()  # until the first process has found all as it should be
-    job = prepare(settings)
-    counts = len(job.train.names), len(job.val.names)
-    parts = plan.plan(job.model, job.transform, *counts, job.layers, job.trainings)
-    if settings.plan:
-        parts = plan.with_seconds(parts, job.model, job.train, job.transform, counts[1],
-                                  job.trainings[0], settings.token_precision)
-    print(plan.table(parts))
-    if settings.plan:
-        return
-    roots = {one.seed: job.out / "saes" / saes_name(settings, one) for one in job.trainings}
+    start, out = time.time(), where_to(settings)
+    card = torch.cuda.get_device_name() if settings.device == "cuda" else "no GPU is used"
+    if settings.device == "cpu" and torch.version.cuda is None and os.name != "posix":
+        card += "; this PyTorch is a build without CUDA"
+    print(f"      device: {settings.device} ({card})")
+    if settings.push_to_hub:
+        hub.check_token(settings.push_to_hub)
+    with lock(out):
+        inputs = find_inputs(settings, out)
+        trainings = trainings_of(settings, len(inputs.train.names))
+        tokens, width = out / "tokens", inputs.model.cls_token.shape[-1]
+        about = check_tokens(settings, inputs, tokens)
+        made_of = {key: value for key, value in about.items() if key != "code"}
+        names, roots, folders, paths = [], {}, {}, {}
+        for training in trainings:
+            made = short_hash(made_of, training, code_of(HERE / "sae.py"))
+            names.append(f"{name_of(training)}-{made}")
+            roots[training.seed] = out / "saes" / names[-1]
+        if settings.saes:
+            names = ["from_" + re.sub(r"[^\w.-]", "_", settings.saes)]
+            roots = {settings.seed: hub.find_saes(settings.saes, inputs.layers, width,
+                                                  settings.backbone)}
+        code = [code_of(HERE / file) for file in SCORING]
+        code.append(code_of(HERE / "reproduce.py", "score_layer", "score_layers"))
+        for layer, (seed, name) in itertools.product(inputs.layers, zip(roots, names)):
+            made = short_hash(made_of, name, inputs.tree.wnids, settings.top_k,
+                              settings.response_rate, code)
+            folders[layer, seed] = roots[seed] / f"layer_{layer:02d}"
+            paths[layer, seed] = out / "scores" / f"{name}-{made}" / f"layer_{layer:02d}.json"
+        rows = len(inputs.train.names) + len(inputs.val.names)
+        missing = [n for n in inputs.layers if not token_path(tokens / "val", n).exists()]
+        saes = [folder for folder in folders.values() if not folder.is_dir()]
+        check_disk(out, 2 * width * rows * len(missing) + 8 * settings.expansion * width**2
+                   * len(saes), f"{len(missing)} layers of class tokens, {len(saes)} SAEs")
+        unused = [*(out / "saes").glob("*"), *(out / "scores").glob("*")]
+        used = {*roots.values(), *(path.parent for path in paths.values())}
+        unused = sorted(str(path.relative_to(out)) for path in set(unused) - used)
+        if unused:
+            print(f"      made with other settings or code, not used now: {', '.join(unused)}")
+
+        print(f"[1/4] images -> class tokens ({about['precision']})")
+        labels = record_tokens(settings, inputs, tokens, about["precision"])
+        times = [start, time.time()]
+        print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or trainings[0]}")
+        if not settings.saes:
+            train_saes(settings, inputs, trainings, tokens, {"backbone": settings.backbone}, folders)
+        times.append(time.time())
+        print("[3/4] latents -> scores")
+        scores = score_layers(settings, inputs, tokens, labels, folders, paths)
+        times.append(time.time())
+        if RANK == 0:
+            print("[4/4] scores -> tables, figures, report")
+            record = {
+                "settings": vars(settings) | {"batch_size": trainings[0].batch_size},
+                "made_of": about, "saes": str(roots[settings.seed]),
+                "seconds": dict(zip(("tokens", "saes", "scores"), np.diff(times).round(1).tolist())),
+                "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
+                **tables_of(scores, inputs.tree)}
+            write_results(settings, inputs, out, roots, folders, scores, record, labels)
+            print(f"Done in {time.time() - start:.0f} s.")
+
+
+def write_results(settings: argparse.Namespace, inputs: Inputs, out: Path, roots: dict,
+                  folders: dict, scores: dict, record: dict, labels: dict) -> None:
+    """Stage 4: tables, claims, figures and the report, in results/<name of the SAEs>."""
+    first, layers = settings.seed, inputs.layers
+    name = roots[first].name.rpartition("-")[0] + f"-{settings.seeds}_seeds" * (settings.seeds > 1)
     if settings.saes:
-        width = job.model.cls_token.shape[-1]
-        roots = {settings.seed: hub.find_saes(settings.saes, job.layers, width, settings.backbone)}
-    check_disk(job.out, plan.still_to_write(parts, job.out, roots.values(), job.layers))
-    if RANK == 0:
-        wait_for_all()
-    with lock(job.out):
-        run_stages(job, roots)
+        name = "from_" + re.sub(r"[^\w.-]", "_", settings.saes)
+    name += "" if settings.layers == "all" else f"-layers_{settings.layers}"
+    folder = out / "results" / name
+    inputs.model.to(settings.device)  # for the maps
+    with write_aside(folder) as part:
+        shown = report.write(
+            part, f"{settings.backbone} on {Path(settings.data).resolve().name}", inputs, record,
+            {layer: scores[layer, first] for layer in layers},
+            {layer: folders[layer, first] for layer in layers}, labels["val_ids"])
+    print(shown)
+    if not settings.saes:
+        repo = settings.push_to_hub or "USER/NAME"
+        hub.write_card(roots[first], repo, f"{settings.backbone}, {roots[first].name}", inputs.note,
+                       layers[-1], (folder / "tables.md").read_text())
+    if settings.push_to_hub:
+        hub.publish(settings.push_to_hub, roots[first], folder)
+    print(f"\nReport: {folder / 'report.html'}")
 
 
 def main(argv=None) -> int:
+    plain_streams()
     with redirect_stderr(sys.stderr if RANK == 0 else io.StringIO()):  # said once
         settings = parse_settings(argv)
     keep_freed_memory()
-    return run_as_command(run, settings, expected=(BackboneError, SAEError, TaxonomyError))
+    return run_as_command(run, settings, (BackboneError, ImageError, SAEError, TaxonomyError))
 
 
 if __name__ == "__main__":

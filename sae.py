@@ -24,6 +24,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import nn
 
 POOL_BYTES = 4 << 30  # tokens shuffled together in memory: ImageNet-1k's at width 1536 are one pool
+ORDERED_ROWS = 65_536  # read at once where order is kept
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
 
@@ -48,31 +49,33 @@ class ActivationBuffer:
         self.tokens, self.device = np.load(path, mmap_mode="r"), device
         self.rows, self.width = self.tokens.shape
         self.pool_rows = max(1, POOL_BYTES // (self.tokens.itemsize * self.width))
-        self.kept = None  # the pool, where it is all rows: reading would take longer than training
+        self.kept = None  # the pool, where it is all rows
 
-    def _read(self, start: int) -> torch.Tensor:
-        if self.kept is not None:
-            return self.kept
-        file = self.tokens  # whose mapped pages would count as this process's memory: so fromfile
-        offset = file.offset + start * self.width * file.itemsize
-        count = min(self.pool_rows, self.rows - start) * self.width
-        piece = np.fromfile(file.filename, file.dtype, count, offset=offset)
-        pool = torch.from_numpy(piece).view(-1, self.width).to(self.device)
-        self.kept = pool if len(pool) == self.rows else None
-        return pool
+    def _read(self, start: int, count: int) -> torch.Tensor:
+        file, count = self.tokens, min(count, self.rows - start)
+        if file.flags.c_contiguous:  # mapped pages would count towards this process's memory
+            offset = file.offset + start * self.width * file.itemsize
+            piece = np.fromfile(file.filename, file.dtype, count * self.width, offset=offset)
+        else:  # stored column by column
+            piece = np.array(file[start : start + count], order="C")
+        return torch.from_numpy(piece).view(-1, self.width).to(self.device)
 
     def batches(self, batch_size: int, generator=None) -> Iterator[torch.Tensor]:
         """One epoch of batches (B, n) in float32: without a torch.Generator all rows in order, with
         one shuffled, and only whole batches."""
+        if generator is None:
+            step = -(-ORDERED_ROWS // batch_size) * batch_size  # few at once: no need for more
+            for start in range(0, self.rows, step):
+                for batch in self._read(start, step).split(batch_size):
+                    yield batch.float()
+            return
         starts = torch.arange(0, self.rows, self.pool_rows)
-        if generator is not None:
-            starts = starts[torch.randperm(len(starts), generator=generator)]
-        for start in starts.tolist():
-            pool = self._read(start)
-            order = torch.arange(len(pool))
-            if generator is not None:
-                order = torch.randperm(len(pool), generator=generator)
-                order = order[: len(pool) // batch_size * batch_size]
+        for start in starts[torch.randperm(len(starts), generator=generator)].tolist():
+            pool = self._read(start, self.pool_rows) if self.kept is None else self.kept
+            if len(pool) == self.rows:  # reading it anew would take longer than training on it
+                self.kept = pool
+            order = torch.randperm(len(pool), generator=generator)
+            order = order[: len(pool) // batch_size * batch_size]
             for rows in order.to(pool.device).split(batch_size):
                 yield pool[rows].float()
             del pool  # before the next is read
@@ -135,16 +138,19 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
         return self.decode(z), z
 
     @classmethod
-    def from_pretrained(cls, name, *, subfolder="", revision=None, **more) -> "SparseAutoencoder":
+    def from_pretrained(cls, name, *, subfolder="", **options) -> "SparseAutoencoder":
         """An SAE ready to use, from a folder or the Hub's USER/NAME; no pickle is read.
-        Raises SAEError where there is none, and huggingface_hub's errors."""
+
+        options  of huggingface_hub's snapshot_download: revision, token, cache_dir ...
+        Raises SAEError where there is none, and huggingface_hub's errors.
+        """
         if not Path(name).is_dir():
             wanted = [f"{subfolder}/{file}".lstrip("/") for file in SAE_FILES]
-            name = snapshot_download(str(name), revision=revision, allow_patterns=wanted)
+            name = snapshot_download(str(name), allow_patterns=wanted, **options)
         if not all(Path(name, subfolder, file).is_file() for file in SAE_FILES):
             raise SAEError(f"there is no SAE in {Path(name, subfolder)}")
         with redirect_stdout(None):  # the mixin prints
-            sae = super().from_pretrained(Path(name, subfolder), **more)
+            sae = super().from_pretrained(Path(name, subfolder))
         return sae.eval().requires_grad_(False)
 
     def _save_pretrained(self, folder: Path) -> None:  # the mixin's: a full disk is no OSError
@@ -192,7 +198,10 @@ def new_sae(statistics: Statistics, settings: Training, about=None) -> SparseAut
     if statistics.rms_deviation <= 1e-6 * statistics.rms_norm:
         raise SAEError("all class tokens are the same, there is nothing to encode")
     n, kind = len(statistics.mean), settings.activation
-    top_k = None if kind == "relu" else int(kind.removeprefix("topk-"))
+    top_k = None if kind == "relu" else int(kind[5:] if re.fullmatch(r"topk-\d+", kind) else 0)
+    if top_k is not None and not 0 < top_k <= settings.expansion * n:
+        raise SAEError(f"activation {kind!r}: give relu, or topk-K with K from 1 to the number of "
+                       f"latents, {settings.expansion * n}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         sae = SparseAutoencoder(n, settings.expansion * n, about, top_k)

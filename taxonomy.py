@@ -37,7 +37,7 @@ class Synset(NamedTuple):
 class Taxonomy:
     """C classes, and the V nodes that are a class or above one.
 
-    A class is numbered by its place among the sorted wnids: torchvision's label order.
+    Classes keep the order in which they are given; sorted, that is torchvision's label order.
     """
 
     wnids: list[str]
@@ -63,7 +63,7 @@ class Taxonomy:
 
         Raises TaxonomyError for a wnid that is none or unknown, and where WordNet cannot be had.
         """
-        graph = read_graph(SHIPPED)
+        graph, wnids = read_graph(SHIPPED) if SHIPPED.exists() else {}, list(wnids)
         for wnid in wnids:
             if not re.fullmatch(r"n\d{8}", wnid):
                 raise TaxonomyError(f"{wnid!r} is not a wnid: 'n' and eight digits, n02085620")
@@ -73,13 +73,17 @@ class Taxonomy:
 
     @classmethod
     def from_graph(cls, graph: dict[str, Synset], wnids) -> "Taxonomy":
-        """The part of `graph` (wnid -> Synset) at or above classes; TaxonomyError on two roots."""
+        """The part of `graph` (wnid -> Synset) at or above classes. Raises TaxonomyError for two
+        roots, and for a class given twice."""
         above, stack = set(), list(wnids)
         while stack:
             if (wnid := stack.pop()) not in above:
                 above.add(wnid)
                 stack += graph[wnid].hypernyms
-        nodes, classes = sorted(above), sorted(set(wnids))
+        nodes, classes = sorted(above), list(wnids)
+        if len(set(classes)) < len(classes):
+            twice = next(wnid for wnid in classes if classes.count(wnid) > 1)
+            raise TaxonomyError(f"class {twice} is given twice")
         index = {wnid: v for v, wnid in enumerate(nodes)}
         roots = [wnid for wnid in nodes if not graph[wnid].hypernyms]
         if len(roots) != 1:
@@ -185,11 +189,17 @@ def wordnet_graph(wnids) -> dict[str, Synset]:
     """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError where it lacks one."""
     wordnet = _wordnet()
     wnids, graph = sorted(set(wnids)), {}
-    with warnings.catch_warnings():  # NLTK warns of an unknown offset, and returns None
-        warnings.simplefilter("ignore")
-        stack = [wordnet.synset_from_pos_and_offset("n", int(wnid[1:])) for wnid in wnids]
-    if None in stack:
-        raise TaxonomyError(f"WordNet 3.0 has no synset {wnids[stack.index(None)]}")
+    stack = []
+    for wnid in wnids:
+        try:
+            with warnings.catch_warnings():  # of an unknown offset
+                warnings.simplefilter("ignore")
+                synset = wordnet.synset_from_pos_and_offset("n", int(wnid[1:]))
+        except Exception:  # as some versions of NLTK answer it
+            synset = None
+        if synset is None:
+            raise TaxonomyError(f"WordNet 3.0 has no synset {wnid}")
+        stack.append(synset)
     while stack:
         synset = stack.pop()
         above = synset.hypernyms() + synset.instance_hypernyms()
@@ -208,14 +218,17 @@ def _wordnet():
     from nltk.corpus import wordnet
 
     try:
-        wordnet.ensure_loaded()
-    except LookupError:
-        if not nltk.download("wordnet", quiet=True, print_error_to=io.StringIO()):
-            raise TaxonomyError(
-                "WordNet 3.0 is needed for wnids outside ImageNet-1k and could not be downloaded: "
-                "where there is internet run `python -m nltk.downloader -d nltk_data wordnet`, and "
-                "set NLTK_DATA to a copy of that folder") from None
-        wordnet.ensure_loaded()
+        try:
+            wordnet.ensure_loaded()
+        except LookupError:
+            nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
+            wordnet.ensure_loaded()
+    except Exception as error:  # not there, or damaged: a truncated zip, say
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it was not found"
+        raise TaxonomyError(
+            f"WordNet 3.0 is needed for wnids outside ImageNet-1k and cannot be read ({reason}): "
+            "where there is internet run `python -m nltk.downloader -d nltk_data wordnet`, and set "
+            "NLTK_DATA to a copy of that folder") from error
     return wordnet
 
 

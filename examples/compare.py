@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
-from kit.figures import plt
 from kit.tables import markdown, mean_and_spread, values_of
 
 SAES = [("relu", "0.3"), ("relu", "0.1"), ("relu", "0.03"), ("topk-8", "0"), ("topk-16", "0"),
@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
         if code:
             return code
         name = f"ReLU, λ = {l1}" if activation == "relu" else f"TopK, K = {activation[5:]}"
-        record = json.loads((out / "results/results.json").read_text())
+        newest = max(out.glob("results/*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+        record = json.loads(newest.read_text())
         layers = list(dict.fromkeys(row["layer"] for row in record["layers"]))
         for layer in layers:
             row = {"layer": layer, "SAE": name}
@@ -51,7 +52,8 @@ def main(arguments: list[str]) -> int:
             rows.append(row)
     rows.sort(key=lambda row: row["layer"])
     (out / "comparison.md").write_text(markdown(rows) + "\n")
-    figure, axes = plt.subplots(2, len(layers), figsize=(4 * len(layers), 6.4), squeeze=False)
+    figure = Figure((4 * len(layers), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(layers), squeeze=False)
     for i, layer in enumerate(layers):
         for axis, title in zip(axes[:, i], ("between ↓", "probe IoU ↑")):
             for kind, colour in (("ReLU", "#0072B2"), ("TopK", "#D55E00")):

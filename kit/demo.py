@@ -3,10 +3,7 @@
 Every WordNet node above a class gives it one visual trait (a hue, a shape, a texture, a rim, a
 mark). The hierarchy is planted, so it must be found: the positive control of the whole kit.
 """
-import atexit
 import math
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +15,7 @@ from torchvision.transforms import Normalize
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from kit.process import RANK, lock
-from kit.store import atomic_write, checksum, hash_of, read_record, write_record
+from kit.runs import RANK, barrier, code_of, short_hash, write_aside
 from taxonomy import Taxonomy
 
 CLASSES = (  # 30 ImageNet classes from several branches of WordNet
@@ -34,7 +30,9 @@ NOTE = (
     "the spot. Its numbers check the pipeline and are not the paper's. The paper's job: "
     "python reproduce.py --layers all --data <ImageNet>"
 )
-KINDS = 5  # of traits: hue, shape, texture, rim, mark
+KINDS = "hue", "shape", "texture", "rim", "mark"  # of traits
+SHAPES = "disc", "square", "diamond", "cross"
+TRAITS = {}  # wnid of a hypernym: its trait in words, once a demo is open
 SIZE = 32  # pixels a side
 IMAGES = {"train": 150, "val": 50}  # of each class
 STEPS, BATCH = 500, 64  # of the ViT's training, on images drawn anew for each step
@@ -45,19 +43,22 @@ def class_traits(tree: Taxonomy) -> torch.Tensor:
     """(C, KINDS) int: every node below the root gives all classes below it one trait; else -1.
 
     From the largest node to the smallest, each takes the first kind that its classes have none of
-    yet, and in it a value of its own; a single class takes its number among its siblings.
+    yet, and in it a value of its own; a single class takes its number among its siblings. TRAITS
+    says in words what each hypernym got.
     """
     sizes = tree.leaves.sum(1)
     distinct = np.flatnonzero(tree.lowest == np.arange(len(sizes)))
     nodes = sorted((v for v in distinct if sizes[v] < len(tree.classes)), key=lambda v: -sizes[v])
-    traits = np.full((len(tree.classes), KINDS), -1)
-    values_used = [0] * KINDS
+    traits = np.full((len(tree.classes), len(KINDS)), -1)
+    values_used = [0] * len(KINDS)
     for v in nodes:
         below = tree.leaves[v]
-        kind = next(kind for kind in range(KINDS) if (traits[below, kind] == -1).all())
+        kind = next(kind for kind in range(len(KINDS)) if (traits[below, kind] == -1).all())
         if sizes[v] > 1:
-            traits[below, kind] = values_used[kind]
+            traits[below, kind] = value = values_used[kind]
             values_used[kind] += 1
+            words = SHAPES[value] if kind == 1 else f"number {value + 1}"
+            TRAITS[tree.wnids[v]] = f"Planted trait: {KINDS[kind]} {words}."
         else:
             above = [u for u in nodes if sizes[u] > 1 and (tree.leaves[u] & below).any()]
             siblings = np.flatnonzero(tree.leaves[min(above, key=lambda u: sizes[u])])
@@ -174,40 +175,30 @@ def train_vit(traits: torch.Tensor, normalise: Normalize) -> SmallViT:
     return vit
 
 
-def draw_images(folder: Path, images: dict[str, int] = IMAGES) -> None:
+def draw_images(folder: Path) -> None:
     """folder/{train,val}/<wnid>/000.png ..., so many of each class."""
     tree = Taxonomy.from_wnids(CLASSES)
     traits = class_traits(tree)
-    for seed, (split, count) in enumerate(images.items()):
+    for seed, (split, count) in enumerate(IMAGES.items()):
         generator = torch.Generator().manual_seed(seed)
         for label, node in enumerate(tree.classes):
-            place = folder / split / tree.wnids[node]
-            place.mkdir(parents=True, exist_ok=True)
+            class_folder = folder / split / tree.wnids[node]
+            class_folder.mkdir(parents=True)
             for i, image in enumerate(draw(traits[label].expand(count, -1), generator)[0]):
-                to_pil_image(image).save(place / f"{i:03d}.png")
+                to_pil_image(image).save(class_folder / f"{i:03d}.png")
 
 
-def make_demo(folder: Path, normalise: Normalize) -> None:
-    """Draw images/ and train vit.safetensors, unless both are there."""
-    made_from, weights = {"code": hash_of(__file__)}, folder / "vit.safetensors"
-    if not read_record(folder / "demo.json", made_from):
-        draw_images(folder / "images")
-        vit = train_vit(class_traits(Taxonomy.from_wnids(CLASSES)), normalise)
-        with atomic_write(weights) as part:
-            part.write_bytes(save(vit.state_dict()))
-        write_record(folder / "demo.json", made_from, files={weights.name: checksum(weights)})
-
-
-def open_demo(folder: Path, normalise: Normalize, plan: bool) -> tuple[SmallViT, Path]:
-    """The ViT and the folder of its images; for a plan untrained, and in a temporary one."""
+def open_demo(out: Path, normalise: Normalize) -> tuple[SmallViT, Path]:
+    """The ViT, and the folder of its images; made unless they are there."""
+    folder = out / f"demo-{short_hash(code_of(__file__))}"
+    weights = folder / "vit.safetensors"
+    if RANK == 0 and not folder.is_dir():
+        with write_aside(folder) as part:
+            draw_images(part / "images")
+            vit = train_vit(class_traits(Taxonomy.from_wnids(CLASSES)), normalise)
+            (part / weights.name).write_bytes(save(vit.state_dict()))
+    barrier()
+    class_traits(Taxonomy.from_wnids(CLASSES))
     vit = SmallViT().eval().requires_grad_(False)
-    if plan:
-        images = Path(tempfile.mkdtemp())
-        atexit.register(shutil.rmtree, images, ignore_errors=True)
-        draw_images(images)
-        return vit, images
-    if RANK == 0:
-        with lock(folder):
-            make_demo(folder, normalise)
-    vit.load_state_dict(load_file(folder / "vit.safetensors"))
+    vit.load_state_dict(load_file(weights))
     return vit, folder / "images"

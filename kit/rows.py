@@ -21,7 +21,7 @@ def hierarchy_rows(about: dict, scores: Scores, controls: list[Scores]) -> dict:
             "permuted_sd": [{**about, **spread}], "permuted_draws": draws}
 
 
-def best_latents(scores: Scores, profile: Profile, tree: Taxonomy, k: int) -> dict[str, dict]:
+def best_latents(scores: Scores, profile: Profile, responses: Responses, tree: Taxonomy) -> dict:
     """wnid of each hypernym that some latent shows -> the latent chosen for it on half A."""
     lch, best = dict(zip(scores.latents.tolist(), scores.lch)), {}
     for h in np.flatnonzero(scores.hypernym_latent >= 0):
@@ -29,7 +29,8 @@ def best_latents(scores: Scores, profile: Profile, tree: Taxonomy, k: int) -> di
         best[tree.wnids[scores.hypernyms[h]]] = {
             "latent": latent, "match": float(scores.hypernym_match[h]),
             "matched": bool(scores.hypernym_matched[h]), "lch": tree.names[lch[latent]],
-            "top_images": profile.top_images[latent, :k].tolist()}
+            "k": responses.top.shape[1], "top_images": profile.top_images[latent].tolist(),
+            "responds": responses.responds[latent].nonzero().flatten().tolist()}
     return best
 
 

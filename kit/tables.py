@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit.store import to_json
+from kit.runs import to_json
 
 TABLES = {  # name: columns, for a table without a row
     "layers": [], "hierarchy": [], "permuted_sd": [], "probes": [], "relations": [],
@@ -164,23 +164,21 @@ def findings(tables: dict) -> list[str]:
     return sentences
 
 
-def write_tables(folder: Path, title: str, note: str, record: dict) -> tuple[list[str], dict]:
-    """Every table as CSV, those for reading as tables.md, all as results.json.
-
-    Returns the sentences of what was found, and the tables for reading by name.
-    """
+def write_tables(folder: Path, title: str, note: str, tables: dict) -> dict:
+    """Every table as CSV, those for reading as tables.md, all as results.json. Returns the tables
+    for reading, by name."""
     for name, columns in TABLES.items():
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, record[name][0] if record[name] else columns)
+        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, tables[name][0] if tables[name] else columns)
             writer.writeheader()
-            writer.writerows(record[name])
-    shown = {"by layer": by_layer(record), "claims": claims_in_short(record["claims"])}
+            writer.writerows(tables[name])
+    shown = {"claims": claims_in_short(tables["claims"]), "by layer": by_layer(tables)}
     for name in ("layers", "hierarchy", "probes", "relations"):
-        shown[name] = over_seeds(record[name])
-    shown["hypernyms"] = record["hypernyms"]
-    found = findings(record)
-    text = [f"# {title}", note, *found]
-    text += [f"## {name.capitalize()}\n\n{markdown(rows)}" for name, rows in shown.items()]
+        shown[name] = over_seeds(tables[name])
+    shown["hypernyms"] = tables["hypernyms"]
+    text = [f"# {title}", note, *findings(tables)]
+    for name, rows in shown.items():
+        text.append(f"## {name.capitalize()}\n\n{markdown(rows)}")
     (folder / "tables.md").write_text("\n\n".join(text) + "\n", "utf-8", "backslashreplace")
-    (folder / "results.json").write_text(to_json(record) + "\n")
-    return found, shown
+    (folder / "results.json").write_text(to_json(tables) + "\n")
+    return shown

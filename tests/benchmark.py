@@ -7,7 +7,6 @@ medians of one run. Peers are used where they are installed (pip install overcom
 each by its own public training step. --quick: small shapes, to see that it runs.
 """
 import argparse
-import copy
 import importlib.util
 import os
 import platform
@@ -25,11 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics
 import reproduce
 import sae as sae_module
-from dinov2_hooks import TokenFiles
+from dinov2_hooks import finish, record
 from kit.demo import SmallViT
-from kit.job import precisions
-from kit.process import keep_freed_memory
-from kit.store import checksum
+from kit.runs import keep_freed_memory
 from sae import (ActivationBuffer, SparseAutoencoder, Training, fast_precision, loss_of, train_sae)
 from taxonomy import Taxonomy, imagenet1k
 
@@ -179,43 +176,34 @@ def train(rounds, quick):
 
 
 def extract(rounds, quick):
-    shapes = [("ViT-Ti/16", 16, 192, 3, 32), ("ViT-S/14", 14, 384, 6, 16)]
-    for name, patch, width, heads, B in [("tiny", 56, 16, 2, 4)] if quick else shapes:
+    shapes = [("ViT-Ti/16", 16, 192, 3, 64), ("ViT-S/14", 14, 384, 6, 64)]
+    precision = "float16" if DEVICE == "cuda" else fast_precision(DEVICE)
+    for name, patch, width, heads, count in [("tiny", 56, 16, 2, 4)] if quick else shapes:
         vit = SmallViT(classes=2, size=224, patch=patch, width=width, depth=12, heads=heads)
-        vit = vit.eval().requires_grad_(False).to(DEVICE)
-        batches = torch.randn(4, B, 3, 224, 224)
-
-        precision, _ = precisions(DEVICE)
-        cast = copy.deepcopy(vit)  # autocast casts weights again for every batch
-        for module in cast.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-                module.to(getattr(torch, precision))
+        vit, images = vit.eval().requires_grad_(False).to(DEVICE), torch.randn(count, 3, 224, 224)
 
         @torch.inference_mode()
-        def bare(model, precision):
+        def bare(precision):
             low = precision != "float32"
             with torch.autocast(DEVICE, getattr(torch, precision), enabled=low):
-                for images in batches:
-                    model(images.to(DEVICE))
+                vit(images.to(DEVICE))
 
         with tempfile.TemporaryDirectory() as folder:
-            files = TokenFiles(folder, range(12), 4 * B, width, precision)
-
-            def record():
-                for i, images in enumerate(batches):
-                    files.record(vit, images, i * B)
-                files.write_under_way()
+            def recorded():
+                record(vit, images, folder, range(12), precision)
+                finish(folder, range(12), count, width)
+                for path in Path(folder).iterdir():
+                    path.unlink()
 
             times = measure({
-                f"bare forward, {precision}": lambda: bare(vit, precision),
-                "all 12 layers to disk": record,
-                "bare, weights cast once": lambda: bare(cast, precision),
-                "bare forward, float32": lambda: bare(vit, "float32"),
+                f"bare forward, {precision}": lambda: bare(precision),
+                "all 12 layers to disk": recorded,
+                "bare forward, float32": lambda: bare("float32"),
             }, rounds)
-        print(f"class tokens of {4 * B} images, {name} in shape, images in memory")
+        print(f"class tokens of {count} images, {name} in shape, images in memory")
         first = np.median(next(iter(times.values())))
         for contestant, seconds in times.items():
-            show(contestant, seconds, f"{4 * B / np.median(seconds):.0f} images/s, "
+            show(contestant, seconds, f"{count / np.median(seconds):.0f} images/s, "
                  f"{first / np.median(seconds):.1%} of the bare forward's rate")
 
 
@@ -275,14 +263,12 @@ def buffer(rounds, quick):
         start = time.perf_counter()
         ActivationBuffer(path, DEVICE).statistics()
         times = [start, time.perf_counter()]
-        checksum(path)
-        times.append(time.perf_counter())
         fresh = ActivationBuffer(path, DEVICE)
         for _ in range(2):
             read = sum(len(x) for x in fresh.batches(4096, torch.Generator().manual_seed(0)))
             times.append(time.perf_counter())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"a layer of {rows:,} x {width}: statistics %.1f s, checksum %.1f s; {read:,} rows drawn "
+        print(f"a layer of {rows:,} x {width}: statistics %.1f s; {read:,} rows drawn "
               "in %.1f s, in the next epoch %.1f s;" % tuple(np.diff(times)),
               f"peak memory {peak:.2f} GiB")
 

@@ -1,5 +1,4 @@
 """What tests share: a local torch.hub repository, small images, WordNet, DINOv2's own code."""
-import json
 import os
 import sys
 from pathlib import Path
@@ -80,27 +79,19 @@ def write_hub(folder: Path) -> Path:
     return folder
 
 
-def make_quick(set_attribute=setattr, figures=False):
-    """A small run's time is mostly that of its figures and of the 3,000 steps of its probes."""
+def make_quick(set_attribute=setattr):
+    """A small run's time is mostly that of its figures and of the steps of its probes."""
     import reproduce
-    from kit import figures as drawn
-    from kit import report
+    from kit import figures
 
     set_attribute(reproduce, "PROBE_STEPS", 3)
-    set_attribute(drawn, "DPI", 40)
-    if not figures:
-        def picture(path, *of, **more):
-            path.write_bytes(b"no picture")
-
-        for name in ("draw_layers", "draw_hierarchy", "draw_probes", "draw_consistency", "draw_emergence"):
-            set_attribute(report, name, picture)
+    set_attribute(figures, "save", lambda figure, path: path.with_suffix(".png").write_bytes(b""))
 
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """An empty folder to run in, with short probes and no figures, and without ImageNet."""
     make_quick(monkeypatch.setattr)
-    monkeypatch.setattr("kit.images.WORKERS", 0)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -110,7 +101,7 @@ def work(tmp_path, monkeypatch):
 def small_run(data, hub, *more) -> list[str]:
     """Arguments for reproduce.py; of an option given twice, the later holds."""
     run = ["--data", data, "--hub", hub, "--backbone", "small_vit", "--out", "out", "--top-k", 4,
-           "--epochs", 3, "--device", "cpu", *more]
+           "--epochs", 3, "--device", "cpu", "--workers", 0, *more]
     return list(map(str, run))
 
 
@@ -131,12 +122,13 @@ def refused(capsys, arguments, *words):
 
 
 def results(out="out"):
-    """What runs alike must have alike: the tables of results.json, SAEs and tokens by name."""
-    record = json.loads(Path(out, "results/results.json").read_text())
-    for name in ("seconds", "settings", "saes"):
-        del record[name]
-    files = [*Path(out).glob("saes/*/*/model.safetensors"), *Path(out).glob("tokens/*/*.npy")]
-    return record, {str(path.relative_to(out)): path.read_bytes() for path in files}
+    """What runs alike must have alike, to the byte: tables, SAEs and tokens by name."""
+    files = {}
+    for pattern in ("results/*/*.csv", "saes/*/*/model.safetensors", "tokens/*/*"):
+        for path in Path(out).glob(pattern):
+            files[str(path.relative_to(out))] = path.read_bytes()
+    assert files
+    return files
 
 
 def same_sae(a, b) -> bool:

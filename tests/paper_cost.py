@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dinov2_hooks import HUB, class_tokens, load_backbone
-from kit.images import BATCH
+from dinov2_hooks import BATCH, HUB, class_tokens, load_backbone
 from metrics import linear_probe
 from sae import Statistics, Training, train_sae
 
@@ -66,10 +66,10 @@ class Count(TorchDispatchMode):
         return out
 
 
-def load_vit_g(hub: str):
-    """ViT-g on a FakeTensorMode's cuda, without filling in its weights."""
+def load_vit_g(hub: str, device="cuda"):
+    """ViT-g on a FakeTensorMode's device, without filling in its weights."""
     with (mock.patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *of, **more: tensor),
-          mock.patch("torch.nn.Module.to", lambda module, device: module), torch.device("cuda")):
+          mock.patch("torch.nn.Module.to", lambda module, device: module), torch.device(device)):
         return load_backbone("dinov2_vitg14", hub, pretrained=False)
 
 

@@ -106,7 +106,8 @@ class Mode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend_cuda():
-    answers = {"is_available": True, "device_count": 1, "is_bf16_supported": True}
+    answers = {"is_available": True, "device_count": 1, "is_bf16_supported": True,
+               "get_device_name": "a pretended GPU"}
     answers |= dict.fromkeys(("_lazy_init", "manual_seed_all", "synchronize"))
     answers["is_current_stream_capturing"] = False
     answers = {name: lambda *of, value=value, **more: value for name, value in answers.items()}

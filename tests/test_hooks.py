@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dinov2_hooks import (HUB, BackboneError, TokenFiles, blocks_of, class_tokens, eval_transform,
-                          load_backbone, relevancy_maps, transform_of)
+import dinov2_hooks
+from dinov2_hooks import (HUB, BackboneError, ImageError, blocks_of, check_class_token, class_tokens,
+                          eval_transform, finish, load_backbone, record, relevancy_maps,
+                          transform_of)
 from kit.demo import SmallViT
 
 
@@ -36,7 +38,7 @@ def test_tokens_equal_a_forward_pass_by_hand(vit):
 
 
 def test_hooks_are_removed_when_the_forward_pass_fails(vit):
-    with pytest.raises(BackboneError, match="the backbone fails on images of 1 x 16 x 16"):
+    with pytest.raises(BackboneError, match="takes no images of 1 x 16 x 16 .* another --transform"):
         class_tokens(vit, torch.randn(3, 1, 16, 16), [0])
     assert not any(block._forward_hooks for block in vit.blocks)
 
@@ -71,31 +73,71 @@ def test_dinov2_tokens_equal_its_intermediate_layers_to_the_bit(dinov2, shape, t
         theirs = model.get_intermediate_layers(images, n=depth, return_class_token=True, norm=False)
         theirs = torch.stack([token for _, token in theirs])
         assert torch.equal(class_tokens(model, images, range(depth)), theirs)
-    files = TokenFiles(tmp_path, range(depth), 2, theirs.shape[-1])
-    files.record(model, images, 0)
-    files.sync()
+    record(model, list(images), tmp_path, range(depth))
+    finish(tmp_path, range(depth), 2, theirs.shape[-1])
     for layer in range(depth):
         recorded = np.load(tmp_path / f"layer_{layer:02d}.npy")
         assert torch.equal(torch.from_numpy(recorded), theirs[layer].half())
 
 
-def test_token_files(vit, tmp_path):
-    images = torch.randn(10, 3, 16, 16)
-    files = TokenFiles(tmp_path, [0, 2], 10, 24)
-    assert files.made
-    for start in (4, 0, 8):  # at their places, in any order
-        files.record(vit, images[start : start + 4], start)
-    files.sync()
-    assert {path.name for path in tmp_path.iterdir()} == {"layer_00.npy", "layer_02.npy"}
-    for layer in (0, 2):
-        tokens = np.load(tmp_path / f"layer_{layer:02d}.npy", mmap_mode="r")
-        assert tokens.dtype == np.float16 and tokens.shape == (10, 24)
-        with torch.inference_mode():
-            expected = torch.cat([class_tokens(vit, x, [layer])[0] for x in images.split(4)])
-        assert (tokens == expected.half().numpy()).all()
-    assert not TokenFiles(tmp_path, [0, 2], 10, 24).made  # they are kept as they are
-    assert (np.load(tmp_path / "layer_02.npy") == expected.half().numpy()).all()
-    assert TokenFiles(tmp_path, [0, 1], 10, 24).made and TokenFiles(tmp_path, [0], 11, 24).made
+class Stop(Exception):
+    pass
+
+
+class Images(list):
+    """A dataset of which the image `fails_at` raises."""
+
+    fails_at = None
+
+    def __getitem__(self, i):
+        if i == self.fails_at:
+            raise Stop
+        return super().__getitem__(i)
+
+
+def test_recording_goes_on_where_it_was_interrupted(vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(dinov2_hooks, "BATCH", 4)
+    monkeypatch.setattr(dinov2_hooks, "SAVE_SECONDS", 0)
+    images = Images(torch.randn(10, 3, 16, 16))
+    with torch.inference_mode():
+        expected = class_tokens(vit, torch.stack(list(images)), [0, 2]).half().numpy()
+    images.fails_at = 9
+    with pytest.raises(Stop):
+        record(vit, images, tmp_path, [0, 2])
+    images.fails_at = 3  # the first two batches are there: they are not asked for again
+    for rank in (1, 0):  # and in any order of two processes
+        record(vit, images, tmp_path, [0, 2])
+        record(vit, images[:4] + Images(images[4:]), tmp_path / "shared", [0, 2], rank=rank, ranks=2)
+    for folder in (tmp_path, tmp_path / "shared"):
+        finish(folder, [0, 2], 10, 24)
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+        assert names == {"layer_00.npy", "layer_02.npy", "left_out.json"}
+        for layer, tokens in zip((0, 2), expected):
+            recorded = np.load(folder / f"layer_{layer:02d}.npy", mmap_mode="r")
+            assert recorded.dtype == np.float16 and recorded.shape == (10, 24)
+            np.testing.assert_allclose(recorded, tokens, atol=2e-3)
+
+
+def test_images_that_cannot_be_read(vit, tmp_path):
+    images = list(torch.randn(6, 3, 16, 16))
+    images[1], images[4] = ImageError("one is broken"), ImageError("four is broken")
+    with pytest.raises(ImageError, match="one is broken"):
+        record(vit, images, tmp_path, [1])
+    record(vit, images, tmp_path, [1], skip_bad=True)
+    finish(tmp_path, [1], 6, 24)
+    with torch.inference_mode():
+        expected = class_tokens(vit, torch.stack([images[i] for i in (0, 2, 3, 5)]), [1])[0]
+    np.testing.assert_allclose(np.load(tmp_path / "layer_01.npy"), expected.half(), atol=2e-3)
+    assert (tmp_path / "left_out.json").read_text() == '{"1": "one is broken", "4": "four is broken"}'
+    images[4] = torch.randn(3, 16, 16)
+    record(vit, images, tmp_path, [2], skip_bad=True)
+    with pytest.raises(ImageError, match="other images could be read"):
+        finish(tmp_path, [2], 6, 24)
+    record(vit, [ImageError("all are")] * 3, tmp_path / "none", [2], skip_bad=True)
+    with pytest.raises(ImageError, match="none of the 3 images can be read; all are"):
+        finish(tmp_path / "none", [2], 3, 24)
+    with pytest.raises(OSError):  # the system's fault is no image's
+        record(vit, [OSError(5, "input/output error")], tmp_path / "system", [2], skip_bad=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
@@ -107,12 +149,35 @@ def test_tokens_that_are_not_finite_name_layer_and_image(vit, tmp_path, value):
             return x
 
     vit.blocks[1] = nn.Sequential(vit.blocks[1], Spoil())
-    files = TokenFiles(tmp_path, [0, 1], 8, 24)
-    names = [f"pictures/{i}.png" for i in range(4, 8)]
-    with pytest.raises(BackboneError, match=r"layer 1, image pictures/6\.png: the class token is not"):
-        files.record(vit, torch.randn(4, 3, 16, 16), 4, names)
-        files.sync()
-    assert (np.load(tmp_path / "layer_00.npy") == 0).all()  # nothing of that batch is written
+    with pytest.raises(BackboneError, match="layer 1, image 2: the class token is not finite"):
+        record(vit, list(torch.randn(4, 3, 16, 16)), tmp_path, [0, 1])
+
+
+def test_a_patch_is_not_taken_for_the_class_token(vit):
+    image = torch.randn(3, 16, 16)
+    before = vit.cls_token.clone()
+    check_class_token(vit, image, [0, 2])
+    assert torch.equal(vit.cls_token, before)
+
+    class Late(nn.Module):  # as in CaiT the class token joins after this block
+        def forward(self, x):
+            return torch.cat([x[:, 1:2], x[:, 1:]], dim=1)
+
+    vit.blocks[0] = Late()
+    with pytest.raises(BackboneError, match="token 0 is not the class token in layers 0, 1 of this"):
+        check_class_token(vit, image, [0, 1])
+    with pytest.raises(BackboneError, match="has no cls_token"):
+        class_tokens(nn.ModuleDict({"blocks": nn.ModuleList([nn.Identity(), nn.Linear(1, 1)])}),
+                     torch.zeros(1, 3, 4, 4), [0])
+
+
+def test_a_bug_in_a_block_keeps_its_traceback(vit):
+    def fail(x):
+        raise RuntimeError("a student's mistake")
+
+    vit.blocks[1].forward = fail
+    with pytest.raises(RuntimeError, match="a student's mistake"):
+        class_tokens(vit, torch.randn(1, 3, 16, 16), [0])
 
 
 def test_eval_transform_is_dinov2s(dinov2):
@@ -145,6 +210,8 @@ def test_transform_is_dinov2s_where_the_model_says_nothing(vit):
     assert str(transform_of(vit)) == str(eval_transform())
     vit.pretrained_cfg = {"mean": (0.1, 0.2, 0.3)}
     assert str(transform_of(vit)) == str(eval_transform(mean=(0.1, 0.2, 0.3)))
+    vit.pretrained_cfg = {"input_size": (3, 48, 48), "crop_pct": 1.0, "crop_mode": "squash"}
+    assert transform_of(vit).transforms[0].size == (48, 48)
 
 
 def test_load_backbone_from_a_local_folder(hub):
@@ -153,7 +220,7 @@ def test_load_backbone_from_a_local_folder(hub):
     for name, message in [
         ("dinov2_vitx14", "Cannot find callable dinov2_vitx14"),
         ("no_vit", "is no vision transformer with a class token"),
-        ("needs_package", "pip install a_package_that_is_missing"),
+        ("needs_package", "No module named 'a_package_that_is_missing'; a package may be missing"),
     ]:
         with pytest.raises(BackboneError, match=message):
             load_backbone(name, str(hub))
@@ -249,13 +316,9 @@ def test_blocks_that_hand_on_lists(vit):  # as DINOv3's
     assert torch.equal(relevancy_maps(vit, images, 1, lambda x: x[:, 0]), maps)
 
 
-def test_an_error_of_the_gpu_is_not_the_images(vit):
-    def fail(images):
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
-    vit.forward = fail
-    with pytest.raises(RuntimeError, match="CUDA error"):
-        class_tokens(vit, torch.randn(1, 3, 16, 16), [0])
+def test_layers_out_of_range_of_a_map(vit):
+    with pytest.raises(BackboneError, match="no layer -1: the backbone has 0 to 2"):
+        relevancy_maps(vit, torch.randn(1, 3, 16, 16), -1, lambda x: x[:, 0])
 
 
 class Nudge(TorchFunctionMode):

@@ -145,6 +145,13 @@ def test_buffer_batches(buffer, pool_rows, monkeypatch):
     assert torch.equal(epochs[0], torch.cat(list(small.batches(32, torch.Generator().manual_seed(0)))))
 
 
+def test_tokens_stored_column_by_column(buffer, tmp_path):
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(buffer.tokens))
+    columns = ActivationBuffer(tmp_path / "fortran.npy")
+    assert torch.equal(torch.cat(list(columns.batches(64))), torch.cat(list(buffer.batches(64))))
+    assert torch.equal(columns.rows_at([3, 1]), buffer.rows_at([3, 1]))
+
+
 def test_tokens_of_one_pool_are_read_once(buffer, monkeypatch):
     reads, fromfile, statistics = [], np.fromfile, buffer.statistics()
     monkeypatch.setattr(np, "fromfile", lambda *of, **more: reads.append(of) or fromfile(*of, **more))
@@ -188,6 +195,9 @@ def test_what_cannot_be_trained(tmp_path):
     ]:
         with pytest.raises(SAEError, match=words):
             train_sae(save(tmp_path, tokens), training)
+    for activation in ("gelu", "topk-0", "topk-33", "topk-"):
+        with pytest.raises(SAEError, match="give relu, or topk-K with K from 1 to the number of lat"):
+            train_sae(save(tmp_path, noise), Training(activation=activation, batch_size=16))
     with pytest.raises(SAEError, match="there is no SAE in"):
         SparseAutoencoder.from_pretrained(tmp_path)
 

@@ -1,6 +1,9 @@
 """The taxonomy against brute force, against NLTK, and against facts about ImageNet-1k."""
 import itertools
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,7 +54,6 @@ def brute_force_lch(above, height, depth, classes, of):
 def check_against_brute_force(graph, classes, rng, sets):
     tree = Taxonomy.from_graph(graph, classes)
     above, height, depth, below = brute_force(graph, classes)
-    classes = sorted(classes)
     assert tree.wnids == sorted(set().union(*above.values()))
     assert [tree.wnids[v] for v in tree.classes] == classes
     for v, wnid in enumerate(tree.wnids):
@@ -72,8 +74,8 @@ def check_against_brute_force(graph, classes, rng, sets):
     for v, wnid in enumerate(tree.wnids):
         by_set.setdefault(tree.leaves[v].tobytes(), []).append(v)
     for nodes in by_set.values():
-        lowest = min(tree.height[nodes])
-        assert len(set(tree.lowest[nodes])) == 1 and tree.height[tree.lowest[nodes[0]]] == lowest
+        deepest = max(tree.depth[nodes])
+        assert len(set(tree.lowest[nodes])) == 1 and tree.depth[tree.lowest[nodes[0]]] == deepest
     inner = {key for key, nodes in by_set.items() if tree.leaves[nodes[0]].sum() >= 2}
     assert {tree.leaves[v].tobytes() for v in tree.hypernyms} == inner and len(tree.hypernyms) == len(inner)
 
@@ -114,8 +116,8 @@ def test_deepest_and_least_high_differ_on_few_pairs(imagenet):
 
 
 def test_subset_is_the_graph_of_its_classes_only():
-    tree = Taxonomy.from_wnids(["n02123045", "n02085620", "n02690373"])
-    assert [tree.wnids[v] for v in tree.classes] == ["n02085620", "n02123045", "n02690373"]
+    tree = Taxonomy.from_wnids(["n02123045", "n02085620", "n02690373"])  # in the order given
+    assert [tree.wnids[v] for v in tree.classes] == ["n02123045", "n02085620", "n02690373"]
     v = tree.lch([[1, 1, 0]])[0]
     assert (tree.names[v], tree.height[v]) == ("carnivore.n.01", 4)
     assert tree.leaves[v].tolist() == [True, True, False]
@@ -149,7 +151,28 @@ def test_classes_outside_imagenet1k_come_from_nltk(wordnet):
         Taxonomy.from_wnids([dog, "n00000002"])
 
 
+def test_without_the_shipped_graph_nltk_is_asked(wordnet, monkeypatch, tmp_path):
+    monkeypatch.setattr("taxonomy.SHIPPED", tmp_path / "nowhere.txt")
+    tree = Taxonomy.from_wnids(["n02123045", "n02085620", "n02690373"])
+    assert tree.names[tree.lch([[1, 1, 0]])[0]] == "carnivore.n.01"
+
+
+def test_a_damaged_wordnet(monkeypatch, tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport taxonomy\ntry:\n"
+            "    taxonomy.Taxonomy.from_wnids(['n99999999'])\n"
+            "except taxonomy.TaxonomyError as error:\n    print('said', error)")
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora/wordnet.zip").write_bytes(b"PK\3\4 cut off")
+    done = subprocess.run([sys.executable, "-c", code, str(SHIPPED.parent)], capture_output=True,
+                          text=True, env={**os.environ, "NLTK_DATA": str(tmp_path), "HOME": "/",
+                                          "http_proxy": "http://127.0.0.1:9",
+                                          "https_proxy": "http://127.0.0.1:9"})
+    assert "said WordNet 3.0 is needed" in done.stdout, done.stdout + done.stderr
+
+
 def test_bad_input():
+    with pytest.raises(TaxonomyError, match="class n02085620 is given twice"):
+        Taxonomy.from_wnids(["n02085620", "n02123045", "n02085620"])
     for wnid in ["dog", "n0208562", "N02085620", "n02085620 "]:
         with pytest.raises(TaxonomyError, match="is not a wnid"):
             Taxonomy.from_wnids([wnid, "n02123045"])

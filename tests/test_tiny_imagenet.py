@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from conftest import WNIDS, refused, small_run, write_images
-from kit import process, tiny_imagenet
+from kit import data as kit_data
+from kit import runs
 from reproduce import main
 
 
@@ -62,9 +63,8 @@ def server(archive, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"
-    monkeypatch.setattr(tiny_imagenet, "URL", url)
-    monkeypatch.setattr(tiny_imagenet, "MD5", hashlib.md5(archive).hexdigest())
-    monkeypatch.setattr(tiny_imagenet, "ROOM", 1000)
+    monkeypatch.setattr(kit_data, "URL", url)
+    monkeypatch.setattr(kit_data, "MD5", hashlib.md5(archive).hexdigest())
     yield Handler
     server.shutdown()
     server.server_close()
@@ -94,32 +94,32 @@ def test_a_folder_of_that_name_is_used(data, server, run):
     ids=["another file", "cut off"])
 def test_what_is_not_the_archive_is_said_and_fetched_again(server, run, capsys, damage, archive):
     server.sent = damage(archive)
-    refused(capsys, run, "Tiny ImageNet could not be fetched", "give the same command again")
+    refused(capsys, run, "Tiny ImageNet could not be fetched", "try again")
     assert not Path("data/tiny-imagenet-200").exists()
     server.sent = archive
     assert main(run) == 0
 
 
 def test_no_network(server, run, capsys, monkeypatch):
-    monkeypatch.setattr(tiny_imagenet, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
+    monkeypatch.setattr(kit_data, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
     refused(capsys, run, "could not be fetched from http://127.0.0.1:9", "give its folder as --data")
 
 
 def test_no_room(server, run, capsys, monkeypatch):
-    monkeypatch.setattr(process.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    refused(capsys, run, "not enough disk", "1 kB", "data")
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    refused(capsys, run, "not enough disk", "1.05 GB", "data")
     assert server.asked == []
 
 
 def test_what_was_half_unpacked_is_unpacked_again(server, run, monkeypatch):
-    whole = tiny_imagenet.download_and_extract_archive
+    whole = kit_data.download_and_extract_archive
 
     def killed(url, root, part, **more):
         whole(url, root, part, **more)
         shutil.rmtree(part / "tiny-imagenet-200/train" / WNIDS[0])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_imagenet, "download_and_extract_archive", killed)
+    monkeypatch.setattr(kit_data, "download_and_extract_archive", killed)
     assert main(run) == 130 and not Path("data/tiny-imagenet-200").exists()
-    monkeypatch.setattr(tiny_imagenet, "download_and_extract_archive", whole)
+    monkeypatch.setattr(kit_data, "download_and_extract_archive", whole)
     assert main(run) == 0
