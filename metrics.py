@@ -334,8 +334,7 @@ class Relations(NamedTuple):
 
 @torch.inference_mode()
 def relate(encode, read, profile: Profile, scores: Scores, tree: Taxonomy, k=16):
-    """Relations among the hypernyms matched, and the longest chain from general to special, as
-    [(number among the hypernyms, share of the one above)]; read gives tokens (rows, n) by number."""
+    """Relations among the hypernyms matched; read gives tokens (rows, n) by number."""
     matched = np.flatnonzero(scores.hypernym_matched)
     sizes = tree.leaves[scores.hypernyms[matched]].sum(1)
     matched = matched[np.argsort(-sizes, kind="stable")]
@@ -357,21 +356,9 @@ def relate(encode, read, profile: Profile, scores: Scores, tree: Taxonomy, k=16)
     above = (common == leaves.sum(1)) & (common < leaves.sum(1)[:, None])  # u above v
     share, expected = share.numpy(), expected.numpy()
     related, unrelated = above & np.isfinite(share), (common == 0) & np.isfinite(share)
-    chain = [(int(matched[v]), None if u is None else float(share[u, v]))
-             for u, v in longest_chain(related)]
     mean = mean_of(share[related])
-    row = Relations(int(related.sum()), mean, mean_of(expected[related]), int(unrelated.sum()),
-                    mean_of(share[unrelated]), 1 - mean)
-    return row, chain
-
-
-def longest_chain(above: np.ndarray) -> list[tuple]:
-    """The longest descent through above (M, M), u before v: [(None, v0), (v0, v1), ...]."""
-    chains = []  # the longest that ends in each
-    for v in range(len(above)):
-        before = max((chains[u] for u in np.flatnonzero(above[:v, v])), key=len, default=[])
-        chains.append([*before, (before[-1][1] if before else None, v)])
-    return max(chains, key=len, default=[])
+    return Relations(int(related.sum()), mean, mean_of(expected[related]), int(unrelated.sum()),
+                     mean_of(share[unrelated]), 1 - mean)
 
 
 # ---------------------------------------------------------------- consistency of layers

@@ -33,18 +33,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dinov2_hooks import (HUB, BackboneError, ImageError, blocks_of, check_class_token,
-                          eval_transform, finish, load_backbone, record, token_path, transform_of,
-                          weights_hash)
-from kit import demo, hub, report
+from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, finish, record,
+                          token_path, weights_hash)
+from kit import hub, report
 from kit.claims import claims_of
-from kit.data import Decoded, Split, fetch_tiny_imagenet, find_images, fingerprint, workers_for
+from kit.data import Decoded, fingerprint, workers_for
+from kit.inputs import Inputs, find_inputs, where_to
 from kit.probes import probe_rows
 from kit.readings import readings
 from kit.rows import best_latents, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
 from kit.runs import (RANK, RANKS, InputError, barrier, check_disk, code_of, keep_freed_memory,
                       lock, plain_streams, run_as_command, short_hash, to_json, write_aside)
-from metrics import (SAMPLE, as_labels, correct_by_class, dictionaries_of, kappa, linear_probe,
+from metrics import (SAMPLE, TOP, as_labels, correct_by_class, dictionaries_of, kappa, linear_probe,
                      profile_latents, reconstruct, relate, responses_of, score_hierarchy)
 from sae import (ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training,
                  fast_precision, train_sae)
@@ -54,15 +54,14 @@ HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
 PROBE_STEPS = 3000  # of the linear probe, at least
 PERMUTED = {"sae": 40, "neurons": 10, "untrained": 10}  # trees whose classes are permuted
-SCORING = ["sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
-LIMITS = {  # of the settings that are numbers: the least and the largest
-    "expansion": (1, 10**9), "l1": (0, 1e9), "epochs": (1, 10**9), "batch_size": (1, 10**9),
-    "lr": (1e-12, 1), "top_k": (2, 64), "response_rate": (1e-12, 1), "seed": (0, 2**62),
-    "images_per_class": (1, 10**9), "seeds": (1, 1000), "workers": (0, 1000),
+LEAST = {  # of the settings that are numbers
+    "expansion": 1, "l1": 0, "epochs": 1, "batch_size": 1, "lr": 1e-12, "top_k": 2, "seed": 0,
+    "response_rate": 1e-12, "images_per_class": 1, "seeds": 1, "workers": 0,
 }
+SCORING = ["sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
 
 
-def parse_settings(argv=None) -> argparse.Namespace:
+def parse_settings(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, allow_abbrev=False)
@@ -100,10 +99,12 @@ def parse_settings(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the SAEs (0)")
     add("--seeds", type=int, default=1, help="so many SAEs a layer, from --seed on (1)")
     settings = parser.parse_args(argv)
-    for name, (low, high) in LIMITS.items():
+    for name, least in LEAST.items():
         value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high}")
+        if value is not None and not least <= value < 2**62:
+            parser.error(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
+    if settings.top_k > TOP // 2:
+        parser.error(f"--top-k {settings.top_k}: give at most {TOP // 2}")
     if not re.fullmatch(r"all|last|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", settings.layers):
         parser.error(f"--layers {settings.layers}: give all, last, a range 0-11 or a list 3,7,11")
     if not re.fullmatch(r"relu|topk-[1-9]\d{0,5}", settings.activation):
@@ -116,82 +117,7 @@ def parse_settings(argv=None) -> argparse.Namespace:
     return settings
 
 
-class Inputs(NamedTuple):
-    """What a run works on, found before anything is written."""
-
-    model: torch.nn.Module
-    transform: object
-    train: Split
-    val: Split
-    tree: Taxonomy
-    layers: list[int]
-    note: str  # what is run, in a sentence
-
-
-def where_to(settings: argparse.Namespace) -> Path:
-    """Fill in data, backbone and hub; returns the output folder."""
-    data = settings.data or os.environ.get("IMAGENET_DIR")
-    data = data or ("imagenet" if Path("imagenet").is_dir() else "demo")
-    if data == "demo":
-        if settings.backbone or settings.hub:
-            raise InputError("--backbone and --hub need images: give --data (the demo has its own "
-                             "ViT)")
-        settings.data, settings.backbone, settings.hub = "demo", "demo", "built in"
-        return Path(settings.out or "runs/demo")
-    if data == "tiny-imagenet" and not Path(data).is_dir():
-        data = str(fetch_tiny_imagenet())
-    settings.data, settings.hub = data, settings.hub or HUB
-    settings.backbone = settings.backbone or "dinov2_vitg14"
-    return Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
-
-
-def find_inputs(settings: argparse.Namespace, out: Path) -> Inputs:
-    """Images, taxonomy and model; what is wrong with them is raised here."""
-    if settings.data == "demo":
-        print(demo.NOTE)
-        transform = eval_transform(demo.SIZE, demo.SIZE)
-        model, folder = demo.open_demo(out, transform.transforms[-1])
-    else:
-        model, folder = None, settings.data
-    train, val, classes = find_images(str(folder), settings.images_per_class)
-    tree, counts = Taxonomy.from_wnids(classes), (len(train.names), len(val.names))
-    note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
-    print(f"      {note}")
-    if len(classes) < 3:
-        raise InputError(f"--data {settings.data}: of two classes no hypernym can be found; give "
-                         "three or more")
-    if settings.top_k > counts[1]:
-        raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
-    if (settings.batch_size or 1) > counts[0]:
-        raise InputError(f"--batch-size {settings.batch_size} is above {counts[0]} training images")
-    if model is None:
-        model = load_backbone(settings.backbone, settings.hub)
-        transform = transform_of(model) if settings.transform == "model" else eval_transform()
-        resize, crop, _, normalise = transform.transforms
-        print(f"      images: short side {resize.size}, crop {crop.size[0]}, mean {normalise.mean}, "
-              f"deviation {normalise.std}")
-    layers = parse_layers(settings.layers, len(blocks_of(model)))
-    latents = settings.expansion * model.cls_token.shape[-1]
-    if settings.activation != "relu" and int(settings.activation[5:]) > latents:
-        raise InputError(f"--activation {settings.activation}: there are only {latents} latents")
-    return Inputs(model, transform, train, val, tree, layers, note)
-
-
-def parse_layers(text: str, depth: int) -> list[int]:
-    """"all", "last", "0-3", "1,4-6" -> layer numbers, in order and each once."""
-    if text in ("all", "last"):
-        return list(range(depth)) if text == "all" else [depth - 1]
-    layers = set()
-    for part in text.split(","):
-        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
-        if last < first or last >= depth:
-            raise InputError(f"--layers {text}: {part} is empty or out of range, the backbone has "
-                             f"layers 0 to {depth - 1}")
-        layers |= set(range(first, last + 1))
-    return sorted(layers)
-
-
-def trainings_of(settings: argparse.Namespace, rows: int) -> list[Training]:
+def trainings_of(settings, rows):
     """The settings of the SAEs, one for each seed."""
     batch_size = settings.batch_size or 4096
     while not settings.batch_size and batch_size > 16 and rows * settings.epochs // batch_size < 1500:
@@ -202,7 +128,7 @@ def trainings_of(settings: argparse.Namespace, rows: int) -> list[Training]:
             for seed in range(settings.seed, settings.seed + settings.seeds)]
 
 
-def name_of(training: Training) -> str:
+def name_of(training):
     l1 = f"-l1_{training.l1:g}" if training.activation == "relu" else ""
     return f"{training.activation}{l1}-{training.inputs}-seed_{training.seed}"
 
@@ -210,7 +136,7 @@ def name_of(training: Training) -> str:
 # ---------------------------------------------------------------- stage 1
 
 
-def check_tokens(settings: argparse.Namespace, inputs: Inputs, folder: Path) -> dict:
+def check_tokens(settings, inputs, folder):
     """What the class tokens in `folder` are made of, written there the first time. Raises
     InputError where they were made of something else: recording takes hours, and is not begun anew
     unasked."""
@@ -237,8 +163,7 @@ def check_tokens(settings: argparse.Namespace, inputs: Inputs, folder: Path) -> 
     return about
 
 
-def record_tokens(settings: argparse.Namespace, inputs: Inputs, folder: Path,
-                  precision: str) -> dict:
+def record_tokens(settings, inputs, folder, precision):
     """Stage 1. Returns the labels of the rows by split, and as val_ids which image each row is."""
     model = inputs.model.to(settings.device)
     labels = {}
@@ -268,7 +193,7 @@ def record_tokens(settings: argparse.Namespace, inputs: Inputs, folder: Path,
     return labels
 
 
-def statistics_of(buffer: ActivationBuffer, tokens: Path) -> Statistics:
+def statistics_of(buffer, tokens):
     """Of a layer's training tokens; kept beside them, as at ImageNet's size they take 15 s."""
     path = tokens.with_suffix(".statistics.json")
     if not path.exists():
@@ -282,10 +207,9 @@ def statistics_of(buffer: ActivationBuffer, tokens: Path) -> Statistics:
 # ---------------------------------------------------------------- stage 2
 
 
-def train_saes(settings: argparse.Namespace, inputs: Inputs, trainings: list[Training],
-               tokens: Path, about: dict, folders: dict) -> None:
+def train_saes(settings, trainings, tokens, folders):
     """Stage 2: an SAE for each layer and seed, in its folder unless it is there."""
-    pending = [key for key in folders if not folders[key].is_dir()]
+    pending = [key for key, folder in folders.sae.items() if not folder.is_dir()]
     with tqdm(total=len(pending[RANK::RANKS]), unit="SAE", disable=RANK > 0) as bar:
         for layer, seed in pending[RANK::RANKS]:
             training = trainings[seed - settings.seed]
@@ -298,11 +222,11 @@ def train_saes(settings: argparse.Namespace, inputs: Inputs, trainings: list[Tra
             path = token_path(tokens / "train", layer)
             buffer = ActivationBuffer(path, settings.device)
             try:
-                sae = train_sae(buffer, training, statistics_of(buffer, path),
-                                {**asdict(training), "layer": layer, **about}, progress)
+                about = {**asdict(training), "layer": layer, "backbone": settings.backbone}
+                sae = train_sae(buffer, training, statistics_of(buffer, path), about, progress)
             except SAEError as error:
                 raise SAEError(f"layer {layer}: {error}") from error
-            with write_aside(folders[layer, seed]) as part:
+            with write_aside(folders.sae[layer, seed]) as part:
                 sae.cpu().save_pretrained(part)
             bar.update()
     barrier()
@@ -311,15 +235,14 @@ def train_saes(settings: argparse.Namespace, inputs: Inputs, trainings: list[Tra
 # ---------------------------------------------------------------- stage 3
 
 
-def permuted_trees(tree: Taxonomy) -> list[Taxonomy]:
+def permuted_trees(tree):
     """The controls: one tree a draw, the same for all layers, dictionaries and seeds."""
     rng = np.random.default_rng(0)
     return [tree.permuted(rng.permutation(len(tree.classes))) for _ in range(PERMUTED["sae"])]
 
 
-def score_layer(layer: int, seed: int, sae: SparseAutoencoder, train: ActivationBuffer,
-                val: ActivationBuffer, labels: dict, statistics: Statistics, tree: Taxonomy,
-                controls: list[Taxonomy], probe, k: int, response_rate: float) -> dict:
+def score_layer(layer, seed, sae, train, val, labels, statistics, tree, controls, probe, k,
+                response_rate):
     """Stage 3: the latents of a layer -> its rows of all tables. probe: of tokens, `linear_probe`."""
     C, about = len(tree.classes), {"layer": layer, "seed": seed}
     made = {"hierarchy": [], "permuted_sd": [], "relations": [], "probes": [], "iou_draws": {}}
@@ -334,13 +257,12 @@ def score_layer(layer: int, seed: int, sae: SparseAutoencoder, train: Activation
         rows = hierarchy_rows({**about, "dictionary": name}, scores, permuted)
         made["hierarchy"] += rows["hierarchy"]
         made["permuted_sd"] += rows["permuted_sd"]
-        related, chain = relate(encode, val.rows_at, profile, scores, tree, k)
+        related = relate(encode, val.rows_at, profile, scores, tree, k)
         made["relations"].append({**about, "dictionary": name, **related._asdict()})
         if name == "sae":
             made["permuted_draws"] = rows["permuted_draws"]
             made["hypernyms"] = best_latents(scores, profile, responses, tree)
             made["latents"] = latent_rows(layer, scores, profile, responses, tree)
-            made["chain"] = [(tree.wnids[scores.hypernyms[h]], share) for h, share in chain]
             read, *others = readings(profile, [tree, *controls[:10]], [scores, *permuted[:10]])
             made["readings"] = [
                 {"claim": claim, "reading": reading, **about, "value": value,
@@ -361,10 +283,10 @@ def score_layer(layer: int, seed: int, sae: SparseAutoencoder, train: Activation
     return made
 
 
-def score_layers(settings: argparse.Namespace, inputs: Inputs, tokens: Path, labels: dict,
-                 folders: dict, paths: dict) -> dict:
+def score_layers(settings, inputs, tokens, labels, folders):
     """Stage 3: {(layer, seed): rows of all tables}, read where they are there."""
     controls, layers = permuted_trees(inputs.tree), inputs.layers[RANK::RANKS]
+    paths = folders.scores
     for layer in tqdm(layers, "      layers", unit="layer", disable=RANK > 0):
         pending = [key for key in paths if key[0] == layer and not paths[key].exists()]
         if not pending:
@@ -376,7 +298,7 @@ def score_layers(settings: argparse.Namespace, inputs: Inputs, tokens: Path, lab
         probe = linear_probe(train.tokens, labels["train"], len(inputs.tree.classes), *moments,
                              PROBE_STEPS)  # whatever the SAE: once a layer
         for key in pending:
-            sae = SparseAutoencoder.from_pretrained(folders[key]).to(settings.device)
+            sae = SparseAutoencoder.from_pretrained(folders.sae[key]).to(settings.device)
             made = score_layer(*key, sae, train, val, labels, statistics, inputs.tree, controls,
                                probe, settings.top_k, settings.response_rate)
             with write_aside(paths[key]) as part:
@@ -388,7 +310,7 @@ def score_layers(settings: argparse.Namespace, inputs: Inputs, tokens: Path, lab
 # ---------------------------------------------------------------- stage 4
 
 
-def tables_of(scores: dict[tuple[int, int], dict], tree: Taxonomy) -> dict:
+def tables_of(scores, tree):
     """Stage 4: the scores by layer and seed -> the tables of a run."""
     layers, seeds = (sorted(set(numbers)) for numbers in zip(*scores))
     hypernyms, agreements = {}, []
@@ -412,95 +334,108 @@ def tables_of(scores: dict[tuple[int, int], dict], tree: Taxonomy) -> dict:
         "claims": claims_of(scores, hypernyms, tree)}
 
 
-def run(settings: argparse.Namespace) -> None:
-    start, out = time.time(), where_to(settings)
+class Folders(NamedTuple):
+    """Where a run's results lie: names hold a hash of what they are made of."""
+
+    saes: dict[int, Path]  # of each seed, with a folder for each layer
+    sae: dict[tuple[int, int], Path]  # (layer, seed)
+    scores: dict[tuple[int, int], Path]
+    results: Path
+
+
+def folders_of(settings, inputs, trainings, out, made_of):
+    code = [code_of(HERE / file) for file in SCORING]
+    code.append(code_of(HERE / "reproduce.py", "score_layer", "score_layers"))
+    saes, sae, scores = {}, {}, {}
+    for training in trainings:
+        name = f"{name_of(training)}-" + short_hash(made_of, training, code_of(HERE / "sae.py"))
+        saes[training.seed] = out / "saes" / name
+    results = name_of(trainings[0]) + f"-{settings.seeds}_seeds" * (settings.seeds > 1)
+    if settings.saes:
+        results = "from_" + re.sub(r"[^\w.-]", "_", settings.saes)
+        width = inputs.model.cls_token.shape[-1]
+        saes[settings.seed] = hub.find_saes(settings.saes, inputs.layers, width, settings.backbone)
+    for layer, (seed, folder) in itertools.product(inputs.layers, saes.items()):
+        made = short_hash(made_of, str(folder), inputs.tree.wnids, settings.top_k,
+                          settings.response_rate, code)
+        name = results if settings.saes else folder.name
+        sae[layer, seed] = folder / f"layer_{layer:02d}"
+        scores[layer, seed] = out / "scores" / f"{name}-{made}" / f"layer_{layer:02d}.json"
+    if settings.layers != "all":
+        results += f"-layers_{settings.layers}"
+    return Folders(saes, sae, scores, out / "results" / results)
+
+
+def say_what_is_written(inputs, training, folders, out):
+    """Bytes to write and bytes free, and what lies there from other settings or code."""
+    width, rows = inputs.model.cls_token.shape[-1], len(inputs.train.names) + len(inputs.val.names)
+    tokens = [n for n in inputs.layers if not token_path(out / "tokens/val", n).exists()]
+    saes = [folder for folder in folders.sae.values() if not folder.is_dir()]
+    count = 2 * width * rows * len(tokens) + 8 * training.expansion * width**2 * len(saes)
+    check_disk(out, count, f"{len(tokens)} layers of class tokens, {len(saes)} SAEs")
+    used = {*folders.saes.values(), *(path.parent for path in folders.scores.values())}
+    unused = {*(out / "saes").glob("*"), *(out / "scores").glob("*")} - used
+    if unused:
+        names = ", ".join(sorted(str(path.relative_to(out)) for path in unused))
+        print(f"      made with other settings or code, not used now: {names}")
+
+
+def run(settings):
+    times, out = [time.time()], where_to(settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else "no GPU is used"
-    if settings.device == "cpu" and torch.version.cuda is None and os.name != "posix":
-        card += "; this PyTorch is a build without CUDA"
+    if settings.device == "cpu" and not torch.backends.cuda.is_built():
+        card += ": this PyTorch is a build without CUDA"
     print(f"      device: {settings.device} ({card})")
     if settings.push_to_hub:
         hub.check_token(settings.push_to_hub)
     with lock(out):
-        inputs = find_inputs(settings, out)
+        inputs, tokens = find_inputs(settings, out), out / "tokens"
         trainings = trainings_of(settings, len(inputs.train.names))
-        tokens, width = out / "tokens", inputs.model.cls_token.shape[-1]
         about = check_tokens(settings, inputs, tokens)
         made_of = {key: value for key, value in about.items() if key != "code"}
-        names, roots, folders, paths = [], {}, {}, {}
-        for training in trainings:
-            made = short_hash(made_of, training, code_of(HERE / "sae.py"))
-            names.append(f"{name_of(training)}-{made}")
-            roots[training.seed] = out / "saes" / names[-1]
-        if settings.saes:
-            names = ["from_" + re.sub(r"[^\w.-]", "_", settings.saes)]
-            roots = {settings.seed: hub.find_saes(settings.saes, inputs.layers, width,
-                                                  settings.backbone)}
-        code = [code_of(HERE / file) for file in SCORING]
-        code.append(code_of(HERE / "reproduce.py", "score_layer", "score_layers"))
-        for layer, (seed, name) in itertools.product(inputs.layers, zip(roots, names)):
-            made = short_hash(made_of, name, inputs.tree.wnids, settings.top_k,
-                              settings.response_rate, code)
-            folders[layer, seed] = roots[seed] / f"layer_{layer:02d}"
-            paths[layer, seed] = out / "scores" / f"{name}-{made}" / f"layer_{layer:02d}.json"
-        rows = len(inputs.train.names) + len(inputs.val.names)
-        missing = [n for n in inputs.layers if not token_path(tokens / "val", n).exists()]
-        saes = [folder for folder in folders.values() if not folder.is_dir()]
-        check_disk(out, 2 * width * rows * len(missing) + 8 * settings.expansion * width**2
-                   * len(saes), f"{len(missing)} layers of class tokens, {len(saes)} SAEs")
-        unused = [*(out / "saes").glob("*"), *(out / "scores").glob("*")]
-        used = {*roots.values(), *(path.parent for path in paths.values())}
-        unused = sorted(str(path.relative_to(out)) for path in set(unused) - used)
-        if unused:
-            print(f"      made with other settings or code, not used now: {', '.join(unused)}")
-
+        folders = folders_of(settings, inputs, trainings, out, made_of)
+        say_what_is_written(inputs, trainings[0], folders, out)
         print(f"[1/4] images -> class tokens ({about['precision']})")
         labels = record_tokens(settings, inputs, tokens, about["precision"])
-        times = [start, time.time()]
+        times.append(time.time())
         print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or trainings[0]}")
         if not settings.saes:
-            train_saes(settings, inputs, trainings, tokens, {"backbone": settings.backbone}, folders)
+            train_saes(settings, trainings, tokens, folders)
         times.append(time.time())
         print("[3/4] latents -> scores")
-        scores = score_layers(settings, inputs, tokens, labels, folders, paths)
+        scores = score_layers(settings, inputs, tokens, labels, folders)
         times.append(time.time())
         if RANK == 0:
             print("[4/4] scores -> tables, figures, report")
             record = {
                 "settings": vars(settings) | {"batch_size": trainings[0].batch_size},
-                "made_of": about, "saes": str(roots[settings.seed]),
+                "made_of": about, "saes": str(folders.saes[settings.seed]),
                 "seconds": dict(zip(("tokens", "saes", "scores"), np.diff(times).round(1).tolist())),
                 "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
                 **tables_of(scores, inputs.tree)}
-            write_results(settings, inputs, out, roots, folders, scores, record, labels)
-            print(f"Done in {time.time() - start:.0f} s.")
+            write_results(settings, inputs, folders, scores, record, labels)
+            print(f"Done in {time.time() - times[0]:.0f} s.")
 
 
-def write_results(settings: argparse.Namespace, inputs: Inputs, out: Path, roots: dict,
-                  folders: dict, scores: dict, record: dict, labels: dict) -> None:
-    """Stage 4: tables, claims, figures and the report, in results/<name of the SAEs>."""
-    first, layers = settings.seed, inputs.layers
-    name = roots[first].name.rpartition("-")[0] + f"-{settings.seeds}_seeds" * (settings.seeds > 1)
-    if settings.saes:
-        name = "from_" + re.sub(r"[^\w.-]", "_", settings.saes)
-    name += "" if settings.layers == "all" else f"-layers_{settings.layers}"
-    folder = out / "results" / name
+def write_results(settings, inputs, folders, scores, record, labels):
+    """Stage 4: tables, claims, figures and the report; the first seed's latents are shown."""
+    first, saes = settings.seed, folders.saes[settings.seed]
     inputs.model.to(settings.device)  # for the maps
-    with write_aside(folder) as part:
+    with write_aside(folders.results) as part:
         shown = report.write(
             part, f"{settings.backbone} on {Path(settings.data).resolve().name}", inputs, record,
-            {layer: scores[layer, first] for layer in layers},
-            {layer: folders[layer, first] for layer in layers}, labels["val_ids"])
+            {layer: scores[layer, first] for layer in inputs.layers},
+            {layer: folders.sae[layer, first] for layer in inputs.layers}, labels["val_ids"])
     print(shown)
     if not settings.saes:
-        repo = settings.push_to_hub or "USER/NAME"
-        hub.write_card(roots[first], repo, f"{settings.backbone}, {roots[first].name}", inputs.note,
-                       layers[-1], (folder / "tables.md").read_text())
+        tables = (folders.results / "tables.md").read_text(encoding="utf-8")
+        hub.write_card(saes, settings.push_to_hub or "USER/NAME", inputs, settings.backbone, tables)
     if settings.push_to_hub:
-        hub.publish(settings.push_to_hub, roots[first], folder)
-    print(f"\nReport: {folder / 'report.html'}")
+        hub.publish(settings.push_to_hub, saes, folders.results)
+    print(f"\nReport: {folders.results / 'report.html'}")
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     plain_streams()
     with redirect_stderr(sys.stderr if RANK == 0 else io.StringIO()):  # said once
         settings = parse_settings(argv)

@@ -39,7 +39,7 @@ class Split(NamedTuple):
     labels: np.ndarray  # (N,) int64, a class's place among the sorted wnids
 
 
-def find_images(data: str, images_per_class=None) -> tuple[Split, Split, list[str]]:
+def find_images(data, images_per_class=None):
     """(train, val, sorted wnids) of a folder; train in a fixed random order.
 
     Layouts: train/ and val/ of wnid folders, images at any depth inside; a flat val/ with Kaggle's
@@ -93,7 +93,7 @@ def find_images(data: str, images_per_class=None) -> tuple[Split, Split, list[st
     return Split(train_root, [names[i] for i in order], labels), splits[1], list(train)
 
 
-def images_by_class(folder: Path) -> dict[str, list[str]]:
+def images_by_class(folder):
     """wnid -> its images, relative to `folder`; both sorted. Hidden and system folders are left
     aside, and so is what is no class folder."""
     def fail(error):  # os.walk would pass over a folder that cannot be read
@@ -121,7 +121,7 @@ def images_by_class(folder: Path) -> dict[str, list[str]]:
     return classes
 
 
-def flat_images(val: Path) -> dict[str, list[str]]:
+def flat_images(val):
     """wnid -> images of a flat val folder, by the list in or above it."""
     lists = [folder / name for folder in (val, *list(val.absolute().parents)[:4]) for name in LISTS]
     given = next((path for path in lists if path.is_file()), None)
@@ -147,7 +147,7 @@ def flat_images(val: Path) -> dict[str, list[str]]:
     return dict(sorted(classes.items()))
 
 
-def fingerprint(*splits: Split) -> str:
+def fingerprint(*splits):
     """A hash over the names, sizes, labels and order of all images."""
     digest = hashlib.sha256()
     for split in splits:
@@ -160,7 +160,7 @@ def fingerprint(*splits: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_image(path) -> Image.Image:
+def read_image(path):
     """Any image that Pillow reads (grey, 16-bit, CMYK, palette, alpha; of several, the first)."""
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")  # of a corrupt EXIF, say, without the file's name
@@ -176,7 +176,7 @@ def read_image(path) -> Image.Image:
 class Decoded(torch.utils.data.Dataset):
     """Image i -> tensor (3, H, W), or the exception: an ImageError, or the system's."""
 
-    def __init__(self, split: Split, transform):
+    def __init__(self, split, transform):
         self.split, self.transform = split, transform
 
     def __len__(self):
@@ -194,7 +194,7 @@ class Decoded(torch.utils.data.Dataset):
             return ImageError(f"{path} is no readable image ({error})")
 
 
-def workers_for(pixels: int) -> int:
+def workers_for(pixels):
     """Processes that decode: one for each CPU that this process may use, as many as fit in shared
     memory with two batches of float32 images each."""
     affinity = getattr(os, "sched_getaffinity", None)
@@ -204,7 +204,7 @@ def workers_for(pixels: int) -> int:
     return int(min(16, max(1, cpus // processes), room))
 
 
-def fetch_tiny_imagenet(data=Path("data")) -> Path:
+def fetch_tiny_imagenet(data=Path("data")):
     """The folder of Tiny ImageNet (110,000 photographs of 200 classes, 64 x 64) in `data`, fetched
     unless it is there. Raises InputError without network, or for another file than expected."""
     folder, part = data / "tiny-imagenet-200", data / "tiny-imagenet-200.part"

@@ -39,7 +39,7 @@ STEPS, BATCH = 500, 64  # of the ViT's training, on images drawn anew for each s
 HIDDEN = 0.05  # how often a texture, rim or mark is not drawn: then only the hypernym can be told
 
 
-def class_traits(tree: Taxonomy) -> torch.Tensor:
+def class_traits(tree):
     """(C, KINDS) int: every node below the root gives all classes below it one trait; else -1.
 
     From the largest node to the smallest, each takes the first kind that its classes have none of
@@ -66,7 +66,7 @@ def class_traits(tree: Taxonomy) -> torch.Tensor:
     return torch.from_numpy(traits)
 
 
-def draw(traits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(traits, generator):
     """Traits (B, KINDS) -> images (B, 3, S, S) uint8, and where the object lies (B, S, S) bool.
 
     One object at a random place and size on a ground of random hue, under pixel noise. Its hue is
@@ -158,7 +158,7 @@ class SmallViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-def train_vit(traits: torch.Tensor, normalise: Normalize) -> SmallViT:
+def train_vit(traits, normalise):
     torch.manual_seed(0)
     generator, vit = torch.Generator().manual_seed(2), SmallViT()
     optimizer = torch.optim.AdamW(vit.parameters(), weight_decay=0.05, fused=True)
@@ -175,7 +175,7 @@ def train_vit(traits: torch.Tensor, normalise: Normalize) -> SmallViT:
     return vit
 
 
-def draw_images(folder: Path) -> None:
+def draw_images(folder):
     """folder/{train,val}/<wnid>/000.png ..., so many of each class."""
     tree = Taxonomy.from_wnids(CLASSES)
     traits = class_traits(tree)
@@ -188,7 +188,7 @@ def draw_images(folder: Path) -> None:
                 to_pil_image(image).save(class_folder / f"{i:03d}.png")
 
 
-def open_demo(out: Path, normalise: Normalize) -> tuple[SmallViT, Path]:
+def open_demo(out, normalise):
     """The ViT, and the folder of its images; made unless they are there."""
     folder = out / f"demo-{short_hash(code_of(__file__))}"
     weights = folder / "vit.safetensors"

@@ -20,19 +20,19 @@ PERMUTED = dict(color="0.4", linestyle="--", label="SAE, permuted trees")
 DPI = 160
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure, path):
     for ending in (".png", ".pdf"):
         figure.savefig(path.with_suffix(ending), dpi=DPI)
 
 
-def panel(axis, title: str, ylabel: str, layers: list[int]) -> None:
+def panel(axis, title, ylabel, layers):
     step = -(-len(layers) // 12)  # ticks at layers that were run
     axis.set(title=title, xlabel="layer", ylabel=ylabel, xticks=layers[::step])
     axis.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
     axis.grid(alpha=0.3)
 
 
-def line(axis, rows: list[dict], column: str, layers: list[int], style: dict, **where):
+def line(axis, rows, column, layers, style, **where):
     """(L,) the mean over seeds by layer, drawn with a band of one standard deviation."""
     values = [values_of(rows, column, layer=layer, **where) for layer in layers]
     mean = np.array([value.mean() for value in values])
@@ -43,7 +43,7 @@ def line(axis, rows: list[dict], column: str, layers: list[int], style: dict, **
     return mean
 
 
-def draw_hierarchy(path: Path, tables: dict, layers: list[int]) -> None:
+def draw_hierarchy(path, tables, layers):
     """The main figure: LCH height between classes by layer. The band of permuted trees is two
     standard deviations wide to either side."""
     figure = Figure((8, 5), layout="constrained")
@@ -62,7 +62,7 @@ def draw_hierarchy(path: Path, tables: dict, layers: list[int]) -> None:
     save(figure, path)
 
 
-def draw_probes(path: Path, probes: list[dict], layers: list[int]) -> None:
+def draw_probes(path, probes, layers):
     """Hypernym probes: IoU by the number of units in the last layer, and by layer."""
     figure = Figure((10, 4.6), layout="constrained")
     (few, depth), counts = figure.subplots(1, 2), sorted({
@@ -85,7 +85,7 @@ def draw_probes(path: Path, probes: list[dict], layers: list[int]) -> None:
     save(figure, path)
 
 
-def draw_layers(path: Path, tables: dict, layers: list[int]) -> None:
+def draw_layers(path, tables, layers):
     """Probe accuracy, reconstruction error and active latents by layer, and the three together."""
     figure, blue = Figure((9, 6.4), layout="constrained"), STYLES["sae"] | {"label": "SAE"}
     ((probe, error), (active, together)), rows = figure.subplots(2, 2), tables["layers"]
@@ -104,7 +104,7 @@ def draw_layers(path: Path, tables: dict, layers: list[int]) -> None:
     save(figure, path)
 
 
-def draw_consistency(path: Path, rows: list[dict], layers: list[int]) -> None:
+def draw_consistency(path, rows, layers):
     """Heat map of the kappa of what every two layers match; grey where undefined."""
     kappa, place = np.eye(len(layers)), {layer: i for i, layer in enumerate(layers)}
     for row in rows:
@@ -121,9 +121,9 @@ def draw_consistency(path: Path, rows: list[dict], layers: list[int]) -> None:
     save(figure, path)
 
 
-def layer_colour(layer, layers: list[int]) -> str:
+def layer_colour(layer, layers):
     """A colour for a layer among those that were run; pale for none."""
     if layer is None:
         return "#eeeeee"
-    shade = 0.15 + 0.85 * layers.index(layer) / max(len(layers) - 1, 1)  # black text on all
+    shade = 0.4 + 0.6 * layers.index(layer) / max(len(layers) - 1, 1)  # black text on all
     return matplotlib.colors.to_hex(matplotlib.colormaps["YlGnBu_r"](shade))

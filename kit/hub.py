@@ -26,7 +26,7 @@ z = sae.encode(x)  # raw class tokens (B, n) -> latents (B, m)
 """
 
 
-def on_the_hub(option: str, action, *given, **more):
+def on_the_hub(option, action, *given, **more):
     """action(...), or why the Hub would not, in its own words."""
     try:
         return action(*given, **more)
@@ -35,12 +35,12 @@ def on_the_hub(option: str, action, *given, **more):
         raise InputError(f"{option}: {reason} (`hf auth login` sets a token)") from error
 
 
-def check_token(repo: str) -> None:
+def check_token(repo):
     """Before the hours are spent: is there a token, and does the Hub know it?"""
     on_the_hub(f"--push-to-hub {repo}", HfApi().whoami)
 
 
-def publish(repo: str, saes: Path, results: Path) -> None:
+def publish(repo, saes, results):
     """Upload a run's folder of SAEs, with the card in it, and its tables and figures."""
     option, api = f"--push-to-hub {repo}", HfApi()
     on_the_hub(option, api.create_repo, repo, exist_ok=True)
@@ -52,7 +52,7 @@ def publish(repo: str, saes: Path, results: Path) -> None:
     print(f"\nPublished: https://huggingface.co/{repo}")
 
 
-def find_saes(source: str, layers: list[int], width: int, backbone: str) -> Path:
+def find_saes(source, layers, width, backbone):
     """The folder of layer_NN of published SAEs, local or fetched; looked at before it is used."""
     folder, option = Path(source).expanduser(), f"--saes {source}"
     if not folder.is_dir():
@@ -73,7 +73,8 @@ def find_saes(source: str, layers: list[int], width: int, backbone: str) -> Path
     return folder
 
 
-def write_card(folder: Path, repo: str, title: str, note: str, layer: int, tables: str) -> None:
+def write_card(folder, repo, inputs, backbone, tables):
     """The README.md of a folder of SAEs, so that it can be published as it is."""
-    card = CARD.format(repo=repo, title=title, note=note, layer=f"layer_{layer:02d}", tables=tables)
+    card = CARD.format(repo=repo, title=backbone, note=inputs.note, tables=tables,
+                       layer=f"layer_{inputs.layers[-1]:02d}")
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

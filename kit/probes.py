@@ -20,7 +20,7 @@ CHUNK = 16  # hypernyms at once: bounds the memory
 
 
 @torch.inference_mode()
-def unit_values(encode, batches, rows: int) -> torch.Tensor:
+def unit_values(encode, batches, rows):
     """The first tokens -> (m, rows) in half precision, a unit's values side by side in memory."""
     z, start = None, 0
     for x in batches:
@@ -43,7 +43,7 @@ class UnitStatistics(NamedTuple):
     images: torch.Tensor  # (C,)
 
 
-def unit_statistics(z: torch.Tensor, labels: torch.Tensor, classes: int) -> UnitStatistics:
+def unit_statistics(z, labels, classes):
     sums = torch.zeros(len(z), classes, device=z.device)
     mean, deviation = torch.zeros_like(sums[:, 0]), torch.zeros_like(sums[:, 0])
     for rows in torch.arange(len(z), device=z.device).split(512):
@@ -55,7 +55,7 @@ def unit_statistics(z: torch.Tensor, labels: torch.Tensor, classes: int) -> Unit
     return UnitStatistics(mean, deviation, sums, images)
 
 
-def best_threshold(values: torch.Tensor, under: torch.Tensor) -> torch.Tensor:
+def best_threshold(values, under):
     """The t for which {values (N,) >= t} has the largest IoU with the images under (N,), bool. It
     is the value of one of these; infinite where there is none."""
     everything, candidates = sort_rows(values[None])[0], sort_rows(values[under][None])[0]
@@ -81,7 +81,7 @@ class HypernymProbe:
     threshold of the largest IoU on the same tokens.
     """
 
-    def __init__(self, z: torch.Tensor, labels, about: UnitStatistics, tree: Taxonomy, counts):
+    def __init__(self, z, labels, about, tree, counts):
         self.about, self.rules, N = about, {}, z.shape[1]
         leaves = leaves_of(tree, hypernyms_to_find(tree), z.device)  # (H, C)
         under, positives = leaves[:, labels] > 0, leaves @ about.images  # (H, N), (H,)
@@ -111,13 +111,13 @@ class HypernymProbe:
     def chunks(self):
         return torch.arange(len(self.units), device=self.units.device).split(CHUNK)
 
-    def standardised(self, z: torch.Tensor, rows=None) -> torch.Tensor:
+    def standardised(self, z, rows=None):
         """The units of some hypernyms, (h, K, N), or all, (m, N)."""
         units = slice(None) if rows is None else self.units[rows]
         mean, deviation = self.about.mean[units], self.about.deviation[units]
         return z[units].float().sub_(mean[..., None]).div_(deviation[..., None])
 
-    def hits(self, z: torch.Tensor, labels: torch.Tensor) -> dict:
+    def hits(self, z, labels):
         """K -> (H, C) on how many images of a class the rule says yes."""
         shape, hits = (len(self.units), len(self.about.images)), {}
         for count in self.rules:
@@ -137,7 +137,7 @@ class HypernymProbe:
 
 
 @torch.inference_mode()
-def hypernym_probes(encode, train, train_labels, val, val_labels, trees: dict, counts=UNITS):
+def hypernym_probes(encode, train, train_labels, val, val_labels, trees, counts=UNITS):
     """{name of the tree: {K: hits (H, C) on validation images}}; train, val: ActivationBuffers."""
     rows, classes = min(TOKENS, train.rows), len(next(iter(trees.values())).classes)
     z = unit_values(encode, train.batches(2048), rows)
@@ -153,7 +153,7 @@ def hypernym_probes(encode, train, train_labels, val, val_labels, trees: dict, c
     return hits
 
 
-def iou_of(hits: torch.Tensor, images: torch.Tensor, leaves: torch.Tensor, weights=None):
+def iou_of(hits, images, leaves, weights=None):
     """IoU by hypernym: hits (H, C), images (C,), leaves (H, C) -> (H,). With weights (C, D) of the
     classes, as a bootstrap draws them, (H, D); NaN where no class of the hypernym was drawn."""
     drawn = hits.new_ones(hits.shape[1], 1) if weights is None else weights
@@ -163,13 +163,13 @@ def iou_of(hits: torch.Tensor, images: torch.Tensor, leaves: torch.Tensor, weigh
     return iou.squeeze(1) if weights is None else iou
 
 
-def large_hypernyms(tree: Taxonomy) -> np.ndarray:
+def large_hypernyms(tree):
     """(H,) bool: of at least five classes; where none is, all."""
     large = tree.leaves[hypernyms_to_find(tree)].sum(1) >= LARGE
     return large if large.any() else ~large
 
 
-def class_draws(classes: int, draws=1000, seed=0) -> torch.Tensor:
+def class_draws(classes, draws=1000, seed=0):
     """(C, draws) how often each class is drawn in a bootstrap over classes: the same in every layer
     and dictionary, so that these can be compared draw by draw."""
     rng = np.random.default_rng(seed)
@@ -177,7 +177,7 @@ def class_draws(classes: int, draws=1000, seed=0) -> torch.Tensor:
     return torch.from_numpy(counts).float()
 
 
-def probe_rows(dictionary, train, val, labels: dict, tree: Taxonomy, permuted: Taxonomy):
+def probe_rows(dictionary, train, val, labels, tree, permuted):
     """Rows of probes.csv of one dictionary, and (draws,) its mean IoU with one unit in a bootstrap
     over classes, thresholds fixed. All neurons at once are the token: the most that is there."""
     neurons = dictionary.name == "neurons"

@@ -9,7 +9,7 @@ TOP = (4, 8, 16, 32)  # top images of a latent
 
 
 @torch.inference_mode()
-def readings(profile: Profile, trees: list[Taxonomy], scores: list[Scores]) -> list[dict]:
+def readings(profile, trees, scores):
     """For each tree, with its scores: {(claim, reading): mean over alive latents}. A height by the
     depth from the root is negative, so that for all of them less is more special."""
     rate = profile.counts.sum(0) / profile.images.sum(0).clamp(min=1)  # (m, C)

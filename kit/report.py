@@ -56,21 +56,21 @@ GLOSSARY = {
 }
 
 
-def display_name(tree, wnid: str) -> str:
+def display_name(tree, wnid):
     """dog.n.01 -> dog; with its number where two nodes share the name."""
     name, _, number = tree.names[tree.wnids.index(wnid)].rsplit(".", 2)
     twins = sum(other.rsplit(".", 2)[0] == name for other in tree.names)
     return name.replace("_", " ") + (f" ({int(number)})" if twins > 1 else "")
 
 
-def picture(image: torch.Tensor) -> str:
+def picture(image):
     """(3, H, W) in 0 to 1 -> a data URI."""
     data = io.BytesIO()
     to_pil_image(image.clamp(0, 1)).save(data, "WEBP", quality=70)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def overlay(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+def overlay(images, maps):
     """images (B, 3, H, W) in grey, under their maps (B, h, w) in colour where these are high."""
     heat = interpolate(maps[:, None], images.shape[2:], mode="bicubic").clamp(min=0)
     heat = (heat / heat.amax((1, 2, 3), keepdim=True).clamp(min=1e-30)) ** 0.7  # they are peaked
@@ -83,7 +83,7 @@ def overlay(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 class Pictures:
     """Tiles of the validation images, and where in them a latent looks."""
 
-    def __init__(self, inputs, sae_folders: dict, ids: np.ndarray):
+    def __init__(self, inputs, sae_folders, ids):
         self.inputs, self.folders, self.ids = inputs, sae_folders, ids
         self.images = Decoded(inputs.val, inputs.transform)
         self.labels, self.why_no_maps = inputs.val.labels[ids], ""
@@ -91,7 +91,7 @@ class Pictures:
         self.mean, self.std = (torch.tensor(x)[:, None, None]
                                for x in (normalise.mean, normalise.std))
 
-    def tiles(self, node: int, best: dict, layer: int, count: int) -> str:
+    def tiles(self, node, best, layer, count):
         """HTML of the top images of a latent, at most two of a class."""
         tree, used, rows = self.inputs.tree, {}, []
         for row in best["top_images"]:
@@ -119,7 +119,7 @@ class Pictures:
                          f'{"" if inside else "✗ "}{escape(name)}</figcaption></figure>')
         return f'<div class="tiles">{"".join(parts)}</div>'
 
-    def maps(self, images: torch.Tensor, layer: int, latent: int) -> torch.Tensor:
+    def maps(self, images, layer, latent):
         sae = SparseAutoencoder.from_pretrained(self.folders[layer])
         parts, device = [], self.inputs.model.cls_token.device
         sae.to(device)
@@ -129,7 +129,7 @@ class Pictures:
         return torch.cat(parts)
 
 
-def latent_section(row: dict, scores: dict, pictures: Pictures, count: int, names: dict) -> str:
+def latent_section(row, scores, pictures, count, names):
     """A hypernym that is matched: its best latent, in words and tiles."""
     tree, layer = pictures.inputs.tree, row["best_layer"]
     node, best = tree.wnids.index(row["wnid"]), scores[layer]["hypernyms"][row["wnid"]]
@@ -149,7 +149,7 @@ def latent_section(row: dict, scores: dict, pictures: Pictures, count: int, name
             f"{pictures.tiles(node, best, layer, count)}</section>")
 
 
-def choose_open(rows: list[dict]) -> list[dict]:
+def choose_open(rows):
     """Rows to show open: of all heights in turn, the best match of a height first, each latent
     once."""
     by_height, latents = {}, {}
@@ -161,7 +161,7 @@ def choose_open(rows: list[dict]) -> list[dict]:
     return list(latents.values())[:OPEN]
 
 
-def nested_boxes(nodes: list[int], leaves: np.ndarray) -> dict[int, tuple[int, int, int]]:
+def nested_boxes(nodes, leaves):
     """node -> (level, top, bottom) of its box, as tall as it has classes, inside its hypernym's.
 
     nodes come with the largest first; leaves is (V, C). Of several hypernyms the largest counts; a
@@ -190,7 +190,7 @@ def nested_boxes(nodes: list[int], leaves: np.ndarray) -> dict[int, tuple[int, i
     return boxes
 
 
-def emergence_map(rows: list[dict], tree, layers: list[int], names: dict) -> str:
+def emergence_map(rows, tree, layers, names):
     """SVG: the taxonomy from large hypernyms to small ones, coloured by the layer of emergence. A
     click leads to the hypernym's latent."""
     by_node = {tree.wnids.index(row["wnid"]): row for row in rows}
@@ -223,7 +223,7 @@ def emergence_map(rows: list[dict], tree, layers: list[int], names: dict) -> str
             f'{"".join(parts)}</svg></div>')
 
 
-def html_table(rows: list[dict]) -> str:
+def html_table(rows):
     if not rows:
         return "<p>none</p>"
     lines = []
@@ -235,7 +235,7 @@ def html_table(rows: list[dict]) -> str:
             "</div>")
 
 
-def latent_parts(record: dict, scores: dict, pictures: Pictures, names: dict) -> str:
+def latent_parts(record, scores, pictures, names):
     """The named latents: some open, the others folded."""
     matched = [row for row in record["hypernyms"] if row["emergence_layer"] is not None]
     chosen, parts = choose_open(matched), []
@@ -251,8 +251,7 @@ def latent_parts(record: dict, scores: dict, pictures: Pictures, names: dict) ->
     return "".join(parts) or "<p>No hypernym is matched.</p>"
 
 
-def write(folder: Path, title: str, inputs, record: dict, scores: dict, sae_folders: dict,
-          ids: np.ndarray) -> str:
+def write(folder, title, inputs, record, scores, sae_folders, ids):
     """Tables, figures and report.html in `folder`; scores and SAEs are the first seed's, by layer.
     Returns what to print."""
     figures, layers = folder / "figures", inputs.layers
@@ -304,14 +303,14 @@ def write(folder: Path, title: str, inputs, record: dict, scores: dict, sae_fold
     return printed([check, *sentences], record["claims"])
 
 
-def figure_html(folder: Path, name: str) -> str:
+def figure_html(folder, name):
     data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
     alt, caption = FIGURES[name]
     return (f'<figure class="plot {name}"><img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
-def printed(sentences: list[str], claims: list[dict]) -> str:
+def printed(sentences, claims):
     """The answer for a terminal of 80 columns."""
     lines = [textwrap.fill(text, 79) + "\n" for text in filter(None, sentences)]
     lines.append("✓ holds  ○ open  ✗ contradicted  – not tested")

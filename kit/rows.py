@@ -7,7 +7,7 @@ from metrics import (Profile, Responses, Scores, hypernyms_to_find, leaves_of, m
 from taxonomy import Taxonomy
 
 
-def hierarchy_rows(about: dict, scores: Scores, controls: list[Scores]) -> dict:
+def hierarchy_rows(about, scores, controls):
     """Rows of hierarchy.csv and permuted_sd.csv of a dictionary, and every permuted tree's scores
     by column."""
     summaries = [control.summary() for control in controls]
@@ -21,7 +21,7 @@ def hierarchy_rows(about: dict, scores: Scores, controls: list[Scores]) -> dict:
             "permuted_sd": [{**about, **spread}], "permuted_draws": draws}
 
 
-def best_latents(scores: Scores, profile: Profile, responses: Responses, tree: Taxonomy) -> dict:
+def best_latents(scores, profile, responses, tree):
     """wnid of each hypernym that some latent shows -> the latent chosen for it on half A."""
     lch, best = dict(zip(scores.latents.tolist(), scores.lch)), {}
     for h in np.flatnonzero(scores.hypernym_latent >= 0):
@@ -34,7 +34,7 @@ def best_latents(scores: Scores, profile: Profile, responses: Responses, tree: T
     return best
 
 
-def matched_sets(layers: list[dict], tree: Taxonomy) -> np.ndarray:
+def matched_sets(layers, tree):
     """`best_latents` of L layers -> (L, H) bool, which hypernyms are matched."""
     nodes = hypernyms_to_find(tree)
     sets = np.zeros((len(layers), len(nodes)), bool)
@@ -45,8 +45,7 @@ def matched_sets(layers: list[dict], tree: Taxonomy) -> np.ndarray:
 
 
 @torch.inference_mode()
-def latent_rows(layer: int, scores: Scores, profile: Profile, responses: Responses,
-                tree: Taxonomy) -> list[dict]:
+def latent_rows(layer, scores, profile, responses, tree):
     """A row of latents.csv for every alive latent. It is named on half A by the hypernym that it
     shows and matches best; the match is half B's."""
     nodes, device = hypernyms_to_find(tree), responses.top.device
@@ -70,7 +69,7 @@ def latent_rows(layer: int, scores: Scores, profile: Profile, responses: Respons
     return rows
 
 
-def hypernym_rows(layers: dict[int, dict], tree: Taxonomy) -> list[dict]:
+def hypernym_rows(layers, tree):
     """`best_latents` by layer -> a row of hypernyms.csv for every hypernym that can be found, the
     most general first: the layer in which it emerges, and its best latent in any layer."""
     rows, sizes = [], tree.leaves.sum(1)

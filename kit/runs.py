@@ -30,7 +30,7 @@ class InputError(ValueError):
 # ---------------------------------------------------------------- what a result was made of
 
 
-def code_of(path, *names) -> str:
+def code_of(path, *names):
     """A Python file as its code alone, without comments and docstrings. With names, only these
     definitions, and all others of the file that they mention."""
     tree, by_name = ast.parse(Path(path).read_text(encoding="utf-8")), {}
@@ -54,11 +54,11 @@ def code_of(path, *names) -> str:
     return str(sorted(wanted.items()))
 
 
-def short_hash(*parts) -> str:
+def short_hash(*parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
-def to_json(content) -> str:
+def to_json(content):
     """NaN and infinity become null."""
     def plain(value):
         if isinstance(value, dict):
@@ -71,7 +71,7 @@ def to_json(content) -> str:
 
 
 @contextmanager
-def write_aside(path: Path):
+def write_aside(path):
     """Yields PATH.part, to write a file or folder there. At the end it takes the place of PATH,
     which is there or is not, whenever the run is killed."""
     part = path.with_name(path.name + ".part")
@@ -88,7 +88,7 @@ def write_aside(path: Path):
 
 
 @contextmanager
-def lock(out: Path):
+def lock(out):
     """One run at a time in an output folder. The lock ends with the process, however that ends."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "a+") as file:
@@ -108,7 +108,7 @@ def lock(out: Path):
         yield
 
 
-def size(count: float) -> str:
+def size(count):
     """1234567 -> "1.23 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
@@ -117,7 +117,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def check_disk(folder: Path, needed: float, what: str) -> None:
+def check_disk(folder, needed, what):
     """Say what is to be written and what is free; raises InputError where it does not fit."""
     there = folder.resolve()
     while not there.exists():
@@ -132,7 +132,7 @@ def check_disk(folder: Path, needed: float, what: str) -> None:
 # ---------------------------------------------------------------- processes
 
 
-def barrier() -> None:
+def barrier():
     """Until every process of this torchrun is here; if one has failed, and said why, end."""
     if RANKS > 1:
         try:
@@ -141,7 +141,7 @@ def barrier() -> None:
             sys.exit(1)
 
 
-def start_ranks(device: str) -> None:
+def start_ranks(device):
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise InputError("RANK is set but WORLD_SIZE is not: start with torchrun, or unset RANK")
     if RANKS > 1:
@@ -155,7 +155,7 @@ def start_ranks(device: str) -> None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory():
     """Have glibc keep what a step frees for the next one: from the system it comes page by page,
     which on a CPU is up to 40% of a training step."""
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -164,7 +164,7 @@ def keep_freed_memory() -> None:
             ctypes.CDLL("libc.so.6").mallopt(name, value)
 
 
-def shared_memory() -> float:
+def shared_memory():
     """Bytes free for what worker processes send: 64 MB in a container by default."""
     try:
         return shutil.disk_usage("/dev/shm").free
@@ -175,7 +175,7 @@ def shared_memory() -> float:
 # ---------------------------------------------------------------- errors
 
 
-def sentence_of(error: BaseException) -> str | None:
+def sentence_of(error):
     """What a user can do about an error that is no bug; None for one that is."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -196,14 +196,14 @@ def sentence_of(error: BaseException) -> str | None:
     return None
 
 
-def plain_streams() -> None:
+def plain_streams():
     """Print what the terminal cannot show as \\x.., and lines as soon as they are whole."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a notebook's
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def run_as_command(action, settings, expected: tuple) -> int:
+def run_as_command(action, settings, expected):
     """action(settings) -> exit code. Errors that users can mend become one sentence and 2: those
     of the expected classes are one already. A bug keeps its traceback."""
     try:

@@ -22,7 +22,7 @@ SHOWN = {  # columns of hierarchy.csv: their heading, with an arrow to what is b
 }
 
 
-def cell(value) -> str:
+def cell(value):
     if value is None or value != value:
         return "–"
     if not isinstance(value, float):
@@ -30,7 +30,7 @@ def cell(value) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows):
     if not rows:
         return "none"
     lines = [list(rows[0]), ["---"] * len(rows[0])]
@@ -39,7 +39,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def values_of(rows: list[dict], column: str, **where) -> np.ndarray:
+def values_of(rows, column, **where):
     """A column of the rows that agree with `where`, as numbers, NaN for None; with the layer and
     all other keys given one for each seed."""
     chosen = []
@@ -49,7 +49,7 @@ def values_of(rows: list[dict], column: str, **where) -> np.ndarray:
     return np.array(chosen, float)
 
 
-def mean_and_spread(values) -> str:
+def mean_and_spread(values):
     """mean ± standard deviation over seeds; the mean alone where all agree."""
     mean, spread = float(np.mean(values)), float(np.std(values))
     if not spread > 1e-6 * abs(mean):
@@ -58,7 +58,7 @@ def mean_and_spread(values) -> str:
     return f"{mean:.{min(digits, 4)}f} ± {spread:.{min(digits, 4)}f}"
 
 
-def over_seeds(rows: list[dict]) -> list[dict]:
+def over_seeds(rows):
     """Rows that differ in their seed alone as one: of every number mean ± standard deviation."""
     same = ("layer", "dictionary", "units", "tree", "width")
     groups = {}
@@ -75,7 +75,7 @@ def over_seeds(rows: list[dict]) -> list[dict]:
     return shown
 
 
-def by_layer(tables: dict) -> list[dict]:
+def by_layer(tables):
     """The scores that matter most: a row for each layer and dictionary, a number a cell."""
     rows = []
     for layer in sorted({row["layer"] for row in tables["layers"]}):
@@ -92,7 +92,7 @@ def by_layer(tables: dict) -> list[dict]:
     return rows
 
 
-def claims_in_short(claims: list[dict]) -> list[dict]:
+def claims_in_short(claims):
     """Rows of claims.csv for reading: a mark and few columns."""
     rows = []
     for row in claims:
@@ -108,7 +108,7 @@ def claims_in_short(claims: list[dict]) -> list[dict]:
     return rows
 
 
-def findings(tables: dict) -> list[str]:
+def findings(tables):
     """What was found, in sentences: each number beside its value under permuted trees."""
     depth = sorted({row["layer"] for row in tables["layers"]})
     first, last = depth[0], depth[-1]
@@ -164,7 +164,7 @@ def findings(tables: dict) -> list[str]:
     return sentences
 
 
-def write_tables(folder: Path, title: str, note: str, tables: dict) -> dict:
+def write_tables(folder, title, note, tables):
     """Every table as CSV, those for reading as tables.md, all as results.json. Returns the tables
     for reading, by name."""
     for name, columns in TABLES.items():

@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -60,13 +59,13 @@ def make_world(folder: Path, world: str, tree: Taxonomy, layers: int, seed: int)
 def claims_of_world(world: str, seed: int, layers=6, seeds=3, epochs=25) -> list[dict]:
     """The rows of claims.csv on a world."""
     tree = Taxonomy.from_wnids(imagenet1k()[::10])
-    trainings = [Training(4, batch_size=256, epochs=epochs, lr=1e-3, seed=10 * seed + i) for i in range(seeds)]
-    job = SimpleNamespace(tree=tree, trainings=trainings, layers=list(range(layers)))
+    trainings = [Training(4, batch_size=256, epochs=epochs, lr=1e-3, seed=10 * seed + i)
+                 for i in range(seeds)]
     controls, scores = reproduce.permuted_trees(tree), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         labels = make_world(folder, world, tree, layers, seed)
-        for layer in job.layers:
+        for layer in range(layers):
             train, val = (ActivationBuffer(folder / f"{split}_{layer}.npy") for split in IMAGES)
             statistics = train.statistics()
             probe = linear_probe(train.tokens, labels["train"], len(tree.classes),
@@ -76,7 +75,7 @@ def claims_of_world(world: str, seed: int, layers=6, seeds=3, epochs=25) -> list
                 scores[layer, training.seed] = reproduce.score_layer(
                     layer, training.seed, sae, train, val, labels, statistics, tree, controls,
                     probe, k=16, response_rate=0.5)
-        return reproduce.tables_of(scores, job)["claims"]
+        return reproduce.tables_of(scores, tree)["claims"]
 
 
 def main(world: str, count: str, first: str = "0") -> None:

@@ -8,7 +8,7 @@ import torch
 import metrics
 from kit.readings import readings
 from kit.rows import best_latents, hypernym_rows, latent_rows, matched_sets
-from metrics import (Profile, Relations, dictionaries_of, kappa, linear_probe, longest_chain,
+from metrics import (Profile, Relations, dictionaries_of, kappa, linear_probe,
                      profile_latents, reconstruct, relate, responses_of, sparse_units)
 from sae import ActivationBuffer, SparseAutoencoder
 from taxonomy import Synset, Taxonomy, imagenet1k
@@ -369,23 +369,18 @@ def test_relations_on_a_planted_chain_and_on_planted_absorption():
     def relations(z):
         profile = profile_of(z, labels, len(tree.classes))
         scores = score_hierarchy(profile, tree)
-        return *relate(lambda x: x, lambda rows: z[rows], profile, scores, tree), scores, profile
+        return relate(lambda x: x, lambda rows: z[rows], profile, scores, tree), scores, profile
 
-    row, chain, scores, _ = relations(z)
+    row, _, _ = relations(z)
     assert row.related == row.expected == 1 and row.absorption == row.unrelated == 0
     assert row.related_pairs > 20 and row.unrelated_pairs > 20
-    nodes = [scores.hypernyms[v] for v, _ in chain]
-    assert len(nodes) >= 3 and chain[0][1] is None and all(share == 1 for _, share in chain[1:])
-    for u, v in zip(nodes, nodes[1:]):
-        assert not (tree.leaves[v] & ~tree.leaves[u]).any()
-        assert tree.leaves[u].sum() > tree.leaves[v].sum()
     # now every latent of more than six classes is silent on a quarter of all images, at random
     rng = np.random.default_rng(0)
     silent = torch.from_numpy(rng.random(len(labels)) < 0.25)
     general = torch.from_numpy(tree.leaves[tree.hypernyms].sum(1) > 6)
     z = z * (1 + torch.from_numpy(rng.random(z.shape)))  # so that no two are level
     z = torch.where(silent[:, None] & general, 0, z).float()
-    row, _, scores, profile = relations(z)
+    row, scores, profile = relations(z)
     shares, expected = [], []
     for u, latent_u in zip(scores.hypernyms, scores.hypernym_latent):
         for v, latent_v in zip(scores.hypernyms, scores.hypernym_latent):
@@ -406,17 +401,9 @@ def test_no_relations_where_nothing_is_matched():
     tree, labels, z, _ = random_profile(0)
     profile = profile_of(z, np.random.default_rng(0).permutation(labels), 20)
     scores = score_hierarchy(profile, tree, response_rate=0.99)
-    row, chain = relate(lambda x: x, lambda rows: torch.from_numpy(z)[rows], profile, scores, tree)
-    assert row.related_pairs == row.unrelated_pairs == 0 and chain == []
+    row = relate(lambda x: x, lambda rows: torch.from_numpy(z)[rows], profile, scores, tree)
+    assert row.related_pairs == row.unrelated_pairs == 0
     assert np.isnan(row.related) and isinstance(row, Relations)
-
-
-def test_longest_chain():
-    above = np.zeros((6, 6), bool)
-    for u, v in [(0, 2), (0, 3), (2, 4), (3, 5), (0, 4), (4, 5)]:
-        above[u, v] = True
-    assert longest_chain(above) == [(None, 0), (0, 2), (2, 4), (4, 5)]
-    assert longest_chain(np.zeros((0, 0), bool)) == []
 
 
 def test_probe_on_separable_and_on_random_labels(tmp_path):

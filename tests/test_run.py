@@ -15,7 +15,8 @@ import torch
 import reproduce
 from conftest import ROOT, WNIDS, refused, results, small_run, write_images
 from kit.tables import mean_and_spread
-from reproduce import main, parse_layers, parse_settings, trainings_of
+from kit.inputs import parse_layers
+from reproduce import main, parse_settings, trainings_of
 from sae import SparseAutoencoder, fast_precision
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -232,7 +233,7 @@ def test_layers_and_batch_sizes():
 @pytest.mark.parametrize("arguments, words", [
     (["--layers", "3"], "out of range, the backbone has layers 0 to 2"),
     (["--layers", "two"], "give all, last, a range 0-11 or a list"),
-    (["--lr", "7"], "--lr 7.0: give a number from"),
+    (["--lr", "0"], "--lr 0.0: give a number from 1e-12 on"),
     (["--top-k", "21"], "--top-k 21 is above the 20 validation images"),
     (["--batch-size", "49"], "--batch-size 49 is above 48 training images"),
     (["--activation", "gelu"], "give relu or topk-K"),

@@ -1,0 +1,88 @@
+"""What a run works on: images, their taxonomy, a backbone. What is wrong with them is said here."""
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transform_of
+from kit import demo
+from kit.data import Split, fetch_tiny_imagenet, find_images
+from kit.runs import InputError
+from taxonomy import Taxonomy
+
+
+class Inputs(NamedTuple):
+    """What a run works on, found before anything is written."""
+
+    model: torch.nn.Module
+    transform: object
+    train: Split
+    val: Split
+    tree: Taxonomy
+    layers: list[int]
+    note: str  # what is run, in a sentence
+
+
+def where_to(settings):
+    """Fill in data, backbone and hub; returns the output folder."""
+    data = settings.data or os.environ.get("IMAGENET_DIR")
+    data = data or ("imagenet" if Path("imagenet").is_dir() else "demo")
+    if data == "demo":
+        if settings.backbone or settings.hub:
+            raise InputError("--backbone and --hub need images: give --data (the demo has its own "
+                             "ViT)")
+        settings.data, settings.backbone, settings.hub = "demo", "demo", "built in"
+        return Path(settings.out or "runs/demo")
+    if data == "tiny-imagenet" and not Path(data).is_dir():
+        data = str(fetch_tiny_imagenet())
+    settings.data, settings.hub = data, settings.hub or HUB
+    settings.backbone = settings.backbone or "dinov2_vitg14"
+    return Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
+
+
+def find_inputs(settings, out):
+    """Images, taxonomy and model; what is wrong with them is raised here."""
+    if settings.data == "demo":
+        print(demo.NOTE)
+        transform = eval_transform(demo.SIZE, demo.SIZE)
+        model, folder = demo.open_demo(out, transform.transforms[-1])
+    else:
+        model, folder = None, settings.data
+    train, val, classes = find_images(str(folder), settings.images_per_class)
+    tree, counts = Taxonomy.from_wnids(classes), (len(train.names), len(val.names))
+    note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
+    print(f"      {note}")
+    if len(classes) < 3:
+        raise InputError(f"--data {settings.data}: of two classes no hypernym can be found; give "
+                         "three or more")
+    if settings.top_k > counts[1]:
+        raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
+    if (settings.batch_size or 1) > counts[0]:
+        raise InputError(f"--batch-size {settings.batch_size} is above {counts[0]} training images")
+    if model is None:
+        model = load_backbone(settings.backbone, settings.hub)
+        transform = transform_of(model) if settings.transform == "model" else eval_transform()
+        resize, crop, _, normalise = transform.transforms
+        print(f"      images: short side {resize.size}, crop {crop.size[0]}, mean {normalise.mean}, "
+              f"deviation {normalise.std}")
+    layers = parse_layers(settings.layers, len(blocks_of(model)))
+    latents = settings.expansion * model.cls_token.shape[-1]
+    if settings.activation != "relu" and int(settings.activation[5:]) > latents:
+        raise InputError(f"--activation {settings.activation}: there are only {latents} latents")
+    return Inputs(model, transform, train, val, tree, layers, note)
+
+
+def parse_layers(text, depth):
+    """"all", "last", "0-3", "1,4-6" -> layer numbers, in order and each once."""
+    if text in ("all", "last"):
+        return list(range(depth)) if text == "all" else [depth - 1]
+    layers = set()
+    for part in text.split(","):
+        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
+        if last < first or last >= depth:
+            raise InputError(f"--layers {text}: {part} is empty or out of range, the backbone has "
+                             f"layers 0 to {depth - 1}")
+        layers |= set(range(first, last + 1))
+    return sorted(layers)
