@@ -165,8 +165,8 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers, precision="floa
         if entered or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
             raise  # a bug inside a block, or of the device, is no matter of the images
         size = " x ".join(map(str, images.shape[1:]))
-        raise BackboneError(f"the backbone takes no images of {size} ({error}); another --transform "
-                            "makes others") from error
+        raise BackboneError(f"the backbone takes no images of {size} ({error}); another "
+                            "--transform makes others") from error
     finally:
         for handle in handles:
             handle.remove()

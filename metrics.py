@@ -105,10 +105,9 @@ def sparse_units(directions: torch.Tensor, tokens: torch.Tensor, mean: torch.Ten
                  fires: torch.Tensor) -> Callable:
     """Units that were not trained: directions (m, n), each with the threshold at which it fires on
     `fires` (m,) of the `tokens` (N, n). Returns their encoder, (B, n) -> (B, m)."""
-    thresholds = []
+    thresholds, centred = [], (tokens.float() - mean).T
     for rows in torch.arange(len(directions)).split(512):  # bounds the memory
-        projected = directions[rows] @ (tokens.float() - mean).T
-        values = sort_rows(projected)  # (512, N), rising
+        values = sort_rows(directions[rows] @ centred)  # (512, N), rising
         place = len(tokens) - 1 - fires[rows].to(values.device)  # the largest that stays silent
         threshold = values.gather(1, place.clamp(min=0)[:, None]).squeeze(1)
         threshold[place < 0] = -torch.inf
@@ -259,7 +258,8 @@ def over_pairs(top: torch.Tensor, value: np.ndarray, same=None) -> tuple[np.ndar
     of one class giving `same` where it is given; over pairs of two classes, NaN where none is."""
     first, second = torch.triu_indices(top.shape[1], top.shape[1], 1, device=top.device)
     a, b = top[:, first], top[:, second]  # (m, pairs)
-    values, different = torch.from_numpy(value).to(top.device, torch.float32)[a, b], (a != b).float()
+    different = (a != b).float()
+    values = torch.from_numpy(value).to(top.device, torch.float32)[a, b]
     between = (values * different).sum(1)
     count, total = different.sum(1), values.sum(1) if same is None else between
     if same:
@@ -302,7 +302,7 @@ def score_hierarchy(responses: Responses, tree: Taxonomy) -> Scores:
     pairwise, between = over_pairs(responses.top, tree.height[tree.pair_lch], same=0)
     of_lch = leaves_of(tree, lch, device)  # (m, C)
     coverage = (responses.responds * of_lch).sum(1) / of_lch.sum(1)
-    single = (1 / responses.responds.sum(1)).nan_to_num(posinf=0)  # the match with one of its classes
+    single = (1 / responses.responds.sum(1)).nan_to_num(posinf=0)  # the match with a class
     several = jaccard(responses.responds, leaves_of(tree, tree.hypernyms, device)).amax(1)
     leaves = leaves_of(tree, nodes, device) * responses.halved  # (H, C)
     match_A, latent = matches_on_A(responses, leaves).max(0)

@@ -54,11 +54,13 @@ HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
 PROBE_STEPS = 3000  # of the linear probe, at least
 PERMUTED = {"sae": 40, "neurons": 10, "untrained": 10}  # trees whose classes are permuted
+RESULT_SETTINGS = ("expansion", "epochs", "batch_size", "lr", "top_k", "response_rate", "seed")
 LEAST = {  # of the settings that are numbers
     "expansion": 1, "l1": 0, "epochs": 1, "batch_size": 1, "lr": 1e-12, "top_k": 2, "seed": 0,
     "response_rate": 1e-12, "images_per_class": 1, "seeds": 1, "workers": 0,
 }
-SCORING = ["sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
+SCORING = [  # code on which scores depend
+    "sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
 
 
 def parse_settings(argv=None):
@@ -112,7 +114,8 @@ def parse_settings(argv=None):
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; give --device cpu, or leave it out")
     if settings.saes and (settings.push_to_hub or settings.seeds > 1):
-        parser.error("--push-to-hub and --seeds are for SAEs that this run trains: leave out --saes")
+        parser.error("--push-to-hub and --seeds are for SAEs that this run trains: leave out "
+                     "--saes")
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return settings
 
@@ -120,8 +123,9 @@ def parse_settings(argv=None):
 def trainings_of(settings, rows):
     """The settings of the SAEs, one for each seed."""
     batch_size = settings.batch_size or 4096
-    while not settings.batch_size and batch_size > 16 and rows * settings.epochs // batch_size < 1500:
-        batch_size //= 2  # small data needs small batches
+    if not settings.batch_size:  # small data needs small batches
+        while batch_size > 16 and rows * settings.epochs // batch_size < 1500:
+            batch_size //= 2
     return [Training(settings.expansion, settings.activation, settings.l1, settings.inputs,
                      settings.epochs, min(batch_size, rows), settings.lr, seed,
                      fast_precision(settings.device))
@@ -216,8 +220,8 @@ def train_saes(settings, trainings, tokens, folders):
 
             def progress(step, steps, loss):
                 if step % 100 == 0 or step == steps:
-                    bar.set_description(f"      layer {layer}, seed {seed}, step {step} of {steps}, "
-                                        f"loss {loss.total.item():.3f}")
+                    text = f"layer {layer}, seed {seed}, step {step} of {steps}, loss"
+                    bar.set_description(f"      {text} {loss.total.item():.3f}")
 
             path = token_path(tokens / "train", layer)
             buffer = ActivationBuffer(path, settings.device)
@@ -243,7 +247,7 @@ def permuted_trees(tree):
 
 def score_layer(layer, seed, sae, train, val, labels, statistics, tree, controls, probe, k,
                 response_rate):
-    """Stage 3: the latents of a layer -> its rows of all tables. probe: of tokens, `linear_probe`."""
+    """Stage 3: the latents of a layer -> its rows of all tables. probe: of `linear_probe`."""
     C, about = len(tree.classes), {"layer": layer, "seed": seed}
     made = {"hierarchy": [], "permuted_sd": [], "relations": [], "probes": [], "iou_draws": {}}
     mean = statistics.mean.float().to(train.device)
@@ -363,12 +367,14 @@ def folders_of(settings, inputs, trainings, out, made_of):
         scores[layer, seed] = out / "scores" / f"{name}-{made}" / f"layer_{layer:02d}.json"
     if settings.layers != "all":
         results += f"-layers_{settings.layers}"
-    return Folders(saes, sae, scores, out / "results" / results)
+    others = [getattr(settings, name) for name in RESULT_SETTINGS]
+    return Folders(saes, sae, scores, out / "results" / f"{results}-{short_hash(others)[:4]}")
 
 
 def say_what_is_written(inputs, training, folders, out):
     """Bytes to write and bytes free, and what lies there from other settings or code."""
-    width, rows = inputs.model.cls_token.shape[-1], len(inputs.train.names) + len(inputs.val.names)
+    width = inputs.model.cls_token.shape[-1]
+    rows = len(inputs.train.names) + len(inputs.val.names)
     tokens = [n for n in inputs.layers if not token_path(out / "tokens/val", n).exists()]
     saes = [folder for folder in folders.sae.values() if not folder.is_dir()]
     count = 2 * width * rows * len(tokens) + 8 * training.expansion * width**2 * len(saes)
@@ -407,10 +413,11 @@ def run(settings):
         times.append(time.time())
         if RANK == 0:
             print("[4/4] scores -> tables, figures, report")
+            seconds = np.diff(times).round(1).tolist()
             record = {
                 "settings": vars(settings) | {"batch_size": trainings[0].batch_size},
                 "made_of": about, "saes": str(folders.saes[settings.seed]),
-                "seconds": dict(zip(("tokens", "saes", "scores"), np.diff(times).round(1).tolist())),
+                "seconds": dict(zip(("tokens", "saes", "scores"), seconds)),
                 "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
                 **tables_of(scores, inputs.tree)}
             write_results(settings, inputs, folders, scores, record, labels)

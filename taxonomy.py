@@ -113,20 +113,7 @@ class Taxonomy:
         return cls(nodes, names, class_nodes, leaves, height, shortest, depth, lowest)
 
     def permuted(self, order) -> "Taxonomy":
-        """The same tree, its classes dealt anew to its leaves: class c takes the place of order[c].
-
-        The control for kinship: classes, images and latents stay as they are, and the tree keeps
-        its shape, but which classes are kin is left to chance.
-        """
-        return replace(self, classes=self.classes[order], leaves=self.leaves[:, order])
-
-    @functools.cached_property
-    def _best_first(self) -> np.ndarray:
-        """(V,) nodes as an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
-        return np.lexsort((range(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth))
-
-    def permuted(self, order) -> "Taxonomy":
-        """The same tree, its classes dealt anew to its leaves: class c takes the place of order[c].
+        """The same tree, its classes randomly reassigned to its leaves: class c takes the place of order[c].
 
         The control for kinship: classes, images and latents stay as they are, and the tree keeps
         its shape, but which classes are kin is left to chance.

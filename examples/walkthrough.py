@@ -25,7 +25,8 @@ from metrics import profile_latents, reconstruct, responses_of, score_hierarchy
 from sae import ActivationBuffer, Training, fast_precision, train_sae
 from taxonomy import Taxonomy
 
-# Settings. DATA: a folder of photographs for each class, named by its wnid; README, "Data".
+# Settings. DATA: a folder of photographs for each class, named by its wnid. The default is there
+# after `python reproduce.py --data tiny-imagenet ...`, which fetches it.
 DATA = os.environ.get("DATA", ROOT / "data/tiny-imagenet-200/train")
 BACKBONE, HUB = os.environ.get("BACKBONE", "dinov2_vits14"), os.environ.get("HUB", HUB)
 LAYER = 11  # a block of the backbone, from 0
@@ -35,11 +36,12 @@ OUT = ROOT / "walkthrough"
 
 # %% [markdown]
 # ## 1. Class tokens
-# A ViT sums an image up in one vector, the *class token*. A forward hook takes it after block LAYER:
-# n numbers an image, in one file for each split. Rows have to be in random order.
+# A ViT summarises an image in one vector, the *class token*. A forward hook takes it after block
+# LAYER: n numbers an image, in one file for each split. Rows have to be in random order.
 
 # %%
-model, classes = load_backbone(BACKBONE, str(HUB)), sorted(path.name for path in Path(DATA).glob("n*"))
+model = load_backbone(BACKBONE, str(HUB))
+classes = sorted(path.name for path in Path(DATA).glob("n*"))
 assert classes, f"there are no wnid folders in {DATA}"
 transform, width = transform_of(model), model.cls_token.shape[-1]
 
@@ -73,8 +75,8 @@ labels = splits["val"].labels
 
 # %% [markdown]
 # ## 2. A sparse autoencoder
-# It writes each token as a sum of few directions, its *latents*. The loss is the squared error plus
-# λ times the sum of the latents' values, so that most of them are zero.
+# It writes each token as a sum of few directions, its *latents*. The loss is the squared error
+# plus λ times the sum of the latents' values, so that most of them are zero.
 
 # %%
 batch = max(16, min(256, train.rows // 8))
@@ -82,15 +84,15 @@ settings = Training(batch_size=batch, epochs=max(1, STEPS * batch // train.rows)
 bar = tqdm(desc="SAE", unit="step")
 sae = train_sae(train, settings, progress=lambda step, steps, loss: bar.update())
 quality, _ = reconstruct(sae, val.batches(2048), labels, len(classes), lambda tokens: tokens)
-print(f"\nFVU {quality.fvu:.2f}: the variance that is left; {quality.l0:.0f} latents fire on an image")
+print(f"\nFVU {quality.fvu:.2f}: the variance that is left; {quality.l0:.0f} latents fire an image")
 if quality.fvu > 1:
     print("An FVU above 1 is worse than the mean token: train longer, or on more images")
 
 # %% [markdown]
 # ## 3. The latent of "dog"
-# Which classes does each latent respond to, and which node of WordNet has those classes below it?
-# The *match* is the Jaccard index of the two sets of classes. The latent is chosen on one half of the
-# images, and its match is that of the other half.
+# Which classes does each latent respond to, and which node of WordNet has those classes below
+# it? The *match* is the Jaccard index of the two sets of classes. The latent is chosen on one
+# half of the images, and its match is that of the other half.
 
 # %%
 tree = Taxonomy.from_wnids(classes)
@@ -100,14 +102,16 @@ scores = score_hierarchy(responses, tree)
 names = [tree.names[v] for v in scores.hypernyms]
 number = names.index("dog.n.01") if "dog.n.01" in names else int(scores.hypernym_match.argmax())
 latent, match = scores.hypernym_latent[number], scores.hypernym_match[number]
+assert latent >= 0, "no latent shows a hypernym: take more images, or more steps"
 print(f"Latent {latent} matches {names[number]} by {match:.2f}")
 
 # %% [markdown]
 # ## 4. Is it the hierarchy?
-# Two of a latent's top images, of different classes, meet at a node of WordNet, their *lowest common
-# hypernym*. Its *height* is the number of edges down to the classes: low means that kin classes share
-# latents. The control is the same tree with its classes dealt anew to its leaves: the images, the
-# classes and the latents stay, and only which classes are kin is left to chance.
+# Two of a latent's top images, of different classes, meet at a node of WordNet, their *lowest
+# common hypernym*. Its *height* is the number of edges down to the classes: low means that kin
+# classes share latents. The control is the same tree with its classes randomly reassigned to its leaves:
+# the images, the classes and the latents stay, and only which classes are kin is left to
+# chance.
 
 # %%
 order = np.random.default_rng(0).permutation(len(classes))
@@ -120,8 +124,8 @@ print(f"Hypernyms matched {summary['hypernyms_matched']} of {len(names)}, under 
 
 # %% [markdown]
 # ## 5. Where the latent looks
-# The gradient of its value by every attention weight, rolled out from the class token over all blocks
-# up to LAYER.
+# The gradient of its value by every attention weight, rolled out from the class token over all
+# blocks up to LAYER.
 
 # %%
 top = profile.top_images[latent, :6].tolist()
@@ -143,7 +147,8 @@ figure.savefig(OUT / "latent.png", dpi=120)
 # ## Exercises
 # 1. Another layer: which latents does LAYER = 2 have? Record both layers in one pass.
 # 2. `Training(activation="topk-16")`: how do FVU and the matches change?
-# 3. Why must the control permute the *tree* and not the labels? Shuffle the labels and score again:
-#    what else is destroyed?
-# 4. Another tree: `Taxonomy.from_graph` takes any `{wnid: Synset(name, hypernyms)}` with one root, and
-#    `read_graph(SHIPPED)` is ImageNet's. Move the dogs below *machine*: what happens to the match?
+# 3. Why must the control permute the *tree* and not the labels? Shuffle the labels and score
+# again: what else is destroyed?
+# 4. Another tree: `Taxonomy.from_graph` takes any `{wnid: Synset(name, hypernyms)}` with one
+# root, and `read_graph(SHIPPED)` is ImageNet's. Move the dogs below *machine*: what happens to
+# the match?

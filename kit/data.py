@@ -1,4 +1,4 @@
-"""Folders of images -> train and val splits, decoded in worker processes; Tiny ImageNet, fetched."""
+"""Folders of images -> train and val splits; decoding; Tiny ImageNet, fetched."""
 import hashlib
 import os
 import re

@@ -65,8 +65,8 @@ def find_inputs(settings, out):
         model = load_backbone(settings.backbone, settings.hub)
         transform = transform_of(model) if settings.transform == "model" else eval_transform()
         resize, crop, _, normalise = transform.transforms
-        print(f"      images: short side {resize.size}, crop {crop.size[0]}, mean {normalise.mean}, "
-              f"deviation {normalise.std}")
+        print(f"      images: short side {resize.size}, crop {crop.size[0]}, "
+              f"mean {normalise.mean}, deviation {normalise.std}")
     layers = parse_layers(settings.layers, len(blocks_of(model)))
     latents = settings.expansion * model.cls_token.shape[-1]
     if settings.activation != "relu" and int(settings.activation[5:]) > latents:

@@ -11,7 +11,7 @@ TOP = (4, 8, 16, 32)  # top images of a latent
 @torch.inference_mode()
 def readings(profile, trees, scores):
     """For each tree, with its scores: {(claim, reading): mean over alive latents}. A height by the
-    depth from the root is negative, so that for all of them less is more special."""
+    depth from the root is negative, so that for all of them less is more specific."""
     rate = profile.counts.sum(0) / profile.images.sum(0).clamp(min=1)  # (m, C)
     responds = {f"{share:.0%}": (rate >= share).float() for share in (0.25, 0.5, 0.75)}
     responds["any"] = (rate > 0).float()

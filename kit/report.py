@@ -27,7 +27,7 @@ FIGURES = {  # name: (alt text, caption), in the order in which to read them
     "hierarchy": (
         "Plot by layer of the LCH height between classes: SAE, baselines, permuted trees.",
         "If the hierarchy is there, the blue line lies below the grey band: the same latents, with "
-        "the classes dealt anew to the leaves of the tree. Raw neurons and the untrained SAE fire "
+        "the classes randomly reassigned to the leaves of the tree. Raw neurons and the untrained SAE fire "
         "as often as the SAE's latents; what training adds is the way from them to the blue line."),
     "probes": (
         "Plots of the IoU of hypernym probes, by the number of units and by layer.",
@@ -43,15 +43,15 @@ FIGURES = {  # name: (alt text, caption), in the order in which to read them
         "Agreement beyond what sets of these sizes have by chance. Grey: a layer matches none."),
 }
 GLOSSARY = {
-    "class token": "the vector in which a ViT sums an image up; here after each block (layer)",
+    "class token": "the vector in which a ViT summarises an image; here after each block (layer)",
     "SAE, latent": "a sparse autoencoder writes each token as a sum of few directions, its latents",
     "hypernym": "a more general term above a class in WordNet: dog, carnivore, animal",
-    "LCH": "lowest common hypernym: the most special node above several classes",
+    "LCH": "lowest common hypernym: the most specific node above several classes",
     "LCH height": "edges from the LCH of a latent's top images down to the classes; between "
                   "classes: over pairs of images of two classes",
     "matched": "a latent responds to the hypernym's classes and few others (Jaccard above 0.5), "
                "chosen on one half of the images and confirmed on the other",
-    "permuted trees": "the control: the same tree with its classes dealt anew to its leaves",
+    "permuted trees": "the control: the same tree with its classes randomly reassigned to its leaves",
     "FVU": "fraction of variance unexplained by the SAE; above 1 is worse than the mean",
 }
 
@@ -203,13 +203,14 @@ def emergence_map(rows, tree, layers, names):
         if (end - top) * scale < 13:  # no room for a name
             continue
         row, name = by_node[v], names[tree.wnids[v]]
-        fill, short = layer_colour(row["emergence_layer"], layers), name[:18] + "…" * (len(name) > 19)
+        fill = layer_colour(row["emergence_layer"], layers)
+        short = name if len(name) < 20 else name[:18] + "…"
         layer = "in no layer" if row["emergence_layer"] is None else (
             f"first in layer {row['emergence_layer']}")
-        x, y = level * width, top * scale + 40
+        x, y, high = level * width, top * scale + 40, (end - top) * scale
         box = (f'<g><title>{escape(name)}: matched {layer}</title><rect x="{x}" y="{y:.1f}" '
-               f'width="{width}" height="{(end - top) * scale:.1f}" fill="{fill}"/>'
-               f'<text x="{x + 4}" y="{y + (end - top) * scale / 2 + 4:.1f}">{escape(short)}</text></g>')
+               f'width="{width}" height="{high:.1f}" fill="{fill}"/>'
+               f'<text x="{x + 4}" y="{y + high / 2 + 4:.1f}">{escape(short)}</text></g>')
         matched = row["emergence_layer"] is not None
         parts.append(f'<a href="#{row["wnid"]}">{box}</a>' if matched else box)
     for i, layer in enumerate([*layers, None]):
@@ -278,16 +279,15 @@ def write(folder, title, inputs, record, scores, sae_folders, ids):
         "Claims": "<p>✓ holds, ○ open, ✗ contradicted, – not tested: judged beside permuted trees; "
                   f"of several seeds all must agree.</p>{html_table(shown.pop('claims'))}",
         "Figures": "".join(map(figure_html, itertools.repeat(figures), FIGURES)),
-        "Map": "<p>Where each hypernym emerges: a box is as tall as it has classes, and lies to the "
-               "right of its hypernym; of several hypernyms, in the largest. The colour is the first "
-               "layer in which a latent matches it. A click shows that latent.</p>"
+        "Map": "<p>Where each hypernym emerges: a box is as tall as it has classes, and lies to "
+               "the right of its hypernym; of several hypernyms, of the closest. The colour is the "
+               "first layer in which a latent matches it. A click shows that latent.</p>"
                + emergence_map(record["hypernyms"], inputs.tree, layers, names),
         "Latents": "<p>The latent that matches a hypernym best, in any layer: its top validation "
                    "images, at most two of a class, and below each where the latent looks "
                    "(gradient-weighted attention rollout). ✗: outside the hypernym."
                    f" {escape(pictures.why_no_maps)}</p>{latents}",
-        "Tables": "".join(f"<details{' open' * (name == 'by layer')}><summary>{name.capitalize()}"
-                          f"</summary>{html_table(rows)}</details>" for name, rows in shown.items()),
+        "Tables": "".join(map(folded, shown, shown.values())),
         "Settings": html_table([{"setting": key, "value": value} for key, value in run.items()]),
     }
     contents = " · ".join(f'<a href="#{name}">{name}</a>' for name in parts)
@@ -296,17 +296,24 @@ def write(folder, title, inputs, record, scores, sae_folders, ids):
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>'
             f"</head><body><h1>Does {escape(whose)}’s class token hold the ImageNet hierarchy?</h1>"
-            f'<p>{escape(title)}: {escape(inputs.note)} After <a href="{PAPER}">arXiv 2505.15970</a>'
+            f'<p>{escape(title)}: {escape(inputs.note)} After '
+            f'<a href="{PAPER}">arXiv 2505.15970</a>'
             f"; not the paper's numbers.</p><p>{contents}</p><details><summary>Glossary</summary>"
             f"<dl>{glossary}</dl></details>{body}</body></html>\n")
     (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     return printed([check, *sentences], record["claims"])
 
 
+def folded(name, rows):
+    return (f"<details{' open' * (name == 'by layer')}><summary>{name.capitalize()}</summary>"
+            f"{html_table(rows)}</details>")
+
+
 def figure_html(folder, name):
     data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
     alt, caption = FIGURES[name]
-    return (f'<figure class="plot {name}"><img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    return (f'<figure class="plot {name}"><img alt="{escape(alt)}" '
+            f'src="data:image/png;base64,{data}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
@@ -337,7 +344,8 @@ figure { margin: 1.5rem 0; break-inside: avoid } figcaption { color: var(--soft)
 .plot img { display: block; width: 100%; max-width: 50rem; border-radius: 4px }
 .consistency img { max-width: 30rem } section { break-inside: avoid } p { overflow-wrap: anywhere }
 .tiles { display: flex; flex-wrap: wrap; gap: .4rem } .tile { margin: 0; width: 7rem }
-.tile img { width: 100%; border-radius: 3px } .tile figcaption { font-size: .7rem; line-height: 1.1 }
+.tile img { width: 100%; border-radius: 3px }
+.tile figcaption { font-size: .7rem; line-height: 1.1 }
 details .tile { width: 4.5rem } .outside figcaption { color: #c33 }
 .wide { overflow-x: auto } svg text { font-size: 11px; fill: #111 }
 svg rect { stroke: #888; stroke-width: .6 } svg a:hover rect { stroke: #000; stroke-width: 2 }

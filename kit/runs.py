@@ -125,8 +125,9 @@ def check_disk(folder, needed, what):
     free = shutil.disk_usage(there).free
     print(f"      {what}: {size(needed)} to write to {folder}, {size(free)} free")
     if needed > free:
-        raise InputError(f"not enough disk: {size(needed)} are to go to {folder}, where {size(free)}"
-                         " are free; make room there, or give another --out or fewer --layers")
+        raise InputError(f"not enough disk: {size(needed)} are to go to {folder}, where "
+                         f"{size(free)} are free; make room there, or give another --out or "
+                         "fewer --layers")
 
 
 # ---------------------------------------------------------------- processes

@@ -22,6 +22,11 @@ SHOWN = {  # columns of hierarchy.csv: their heading, with an arrow to what is b
 }
 
 
+MAIN = "lch_height_between"
+ANSWERS = {"holds": "the hierarchy is there",
+           "contradicted": "related classes lie further apart than chance would have them"}
+
+
 def cell(value):
     if value is None or value != value:
         return "–"
@@ -77,17 +82,17 @@ def over_seeds(rows):
 
 def by_layer(tables):
     """The scores that matter most: a row for each layer and dictionary, a number a cell."""
-    rows = []
+    rows, trees = [], {"wordnet": "{}", "permuted": "{}, permuted"}
     for layer in sorted({row["layer"] for row in tables["layers"]}):
         for dictionary, name in NAMES.items():
             row, where = {"layer": layer, "": name}, {"layer": layer, "dictionary": dictionary}
             for column, heading in SHOWN.items():
-                for tree, title in (("wordnet", heading), ("permuted", f"{heading[:-2]}, permuted")):
+                for tree, title in trees.items():
                     values = values_of(tables["hierarchy"], column, tree=tree, **where)
-                    row[title] = mean_and_spread(values)
-            for tree, title in (("wordnet", "probe IoU ↑"), ("permuted", "probe IoU, permuted")):
+                    row[title.format(heading)] = mean_and_spread(values)
+            for tree, title in trees.items():
                 values = values_of(tables["probes"], "iou", tree=tree, units=1, **where)
-                row[title] = mean_and_spread(values)
+                row[title.format("probe IoU ↑")] = mean_and_spread(values)
             rows.append(row)
     return rows
 
@@ -110,57 +115,52 @@ def claims_in_short(claims):
 
 def findings(tables):
     """What was found, in sentences: each number beside its value under permuted trees."""
-    depth = sorted({row["layer"] for row in tables["layers"]})
-    first, last = depth[0], depth[-1]
+    layers = sorted({row["layer"] for row in tables["layers"]})
+    first, last = layers[0], layers[-1]
+
+    def mean(column, layer=last, dictionary="sae", tree="wordnet", table="hierarchy", **where):
+        where |= {"layer": layer, "dictionary": dictionary, "tree": tree}
+        return float(values_of(tables[table], column, **where).mean())
+
+    def beside(column, *where, **more):
+        permuted = mean(column, *where, tree="permuted", **more)
+        return f"{cell(mean(column, *where, **more))} (permuted {cell(permuted)})"
+
+    def iou(dictionary, **units):
+        return beside("iou", last, dictionary, table="probes", **units)
+
     claims = {row["claim"]: row for row in tables["claims"]}
-
-    def mean(column, layer=last, dictionary="sae", tree="wordnet"):
-        return float(values_of(tables["hierarchy"], column, layer=layer, dictionary=dictionary,
-                               tree=tree).mean())
-
-    def beside(column, layer=last, dictionary="sae"):
-        permuted = mean(column, layer, dictionary, "permuted")
-        return f"{cell(mean(column, layer, dictionary))} (permuted {cell(permuted)})"
-
-    def iou(dictionary, units=None, layer=last):
-        values = []
-        for tree in ("wordnet", "permuted"):
-            where = {"layer": layer, "dictionary": dictionary, "tree": tree}
-            if units:
-                where["units"] = units
-            values.append(cell(float(values_of(tables["probes"], "iou", **where).mean())))
-        return f"{values[0]} (permuted {values[1]})"
-
     main, grows = claims["the hierarchy is there"], claims["it grows with depth"]
-    is_there = {"holds": "the hierarchy is there", "contradicted": "kin classes are further apart "
-                "than chance has them"}.get(main["verdict"], "no hierarchy can be told from chance")
-    p = "" if main["p_value"] is None else f" (p = {main['p_value']:.2g})"
-    height = [cell(mean("lch_height_between", tree=tree)) for tree in ("wordnet", "permuted")]
+    answer = ANSWERS.get(main["verdict"], "no hierarchy can be told from chance")
     sentences = [
-        f"Two of a latent's top images, of different classes, meet {height[0]} edges up in the last "
-        f"layer, {height[1]} under permuted trees{p}: {is_there}. The untrained SAE has "
-        f"{beside('lch_height_between', dictionary='untrained')}, raw neurons "
-        f"{beside('lch_height_between', dictionary='neurons')}."]
+        f"Two of a latent's top images, of different classes, meet {cell(mean(MAIN))} edges up in "
+        f"the last layer, {cell(mean(MAIN, tree='permuted'))} under permuted trees (p = "
+        f"{main['p_value']:.2g}): {answer}. The untrained SAE has "
+        f"{beside(MAIN, last, 'untrained')}, raw neurons {beside(MAIN, last, 'neurons')}."]
     if first < last:
-        fall = [mean("lch_height_pairwise", first, tree=tree) - mean("lch_height_pairwise", tree=tree)
-                for tree in ("wordnet", "permuted")]
-        ends = [cell(mean("lch_height_pairwise", layer)) for layer in (first, last)]
         sure = "" if grows["low"] is None else (
             f" (95% interval {cell(grows['low'])} to {cell(grows['high'])})")
+        ends, controls = ([mean("lch_height_pairwise", layer, tree=tree) for layer in (first, last)]
+                          for tree in ("wordnet", "permuted"))
         sentences += [
-            f"In the first layer it is {beside('lch_height_between', first)}. From the first third "
-            f"of the layers to the last, the hierarchy's part grows by {cell(grows['value'])} edges"
-            f"{sure}: {grows['verdict']}.",
-            f"Pairwise LCH height goes from {ends[0]} to {ends[1]}, by {cell(fall[0])} edges; under "
-            f"permuted trees by {cell(fall[1])}: that part is latents becoming class-specific."]
-    count = len(tables["hypernyms"])
+            f"In the first layer it is {beside(MAIN, first)}. From the first third of the layers "
+            f"to the last, the hierarchy's part grows by {cell(grows['value'])} edges{sure}: "
+            f"{grows['verdict']}.",
+            f"Pairwise LCH height goes from {cell(ends[0])} to {cell(ends[1])}, by "
+            f"{cell(ends[0] - ends[1])} edges; under permuted trees by "
+            f"{cell(controls[0] - controls[1])}: that part is latents becoming class-specific."]
     sentences += [
-        f"In the last layer, of {count} hypernyms {beside('hypernyms_lch')} are the lowest common "
-        f"hypernym (LCH) of some latent's top images, and {beside('hypernyms_matched')} are matched "
-        "by a latent on images that it was not chosen on.",
-        f"One latent tells the images under a hypernym by an IoU of {iou('sae', 1)}, one untrained "
-        f"latent by {iou('untrained', 1)}, one raw neuron by {iou('neurons', 1)}, the class token "
-        f"as a whole by {iou('token')}."]
+        f"In the last layer, of {len(tables['hypernyms'])} hypernyms {beside('hypernyms_lch')} are "
+        "the lowest common hypernym (LCH) of some latent's top images, and "
+        f"{beside('hypernyms_matched')} are matched by a latent on images that it was not chosen "
+        "on.",
+        f"One latent tells the images under a hypernym by an IoU of {iou('sae', units=1)}, one "
+        f"untrained latent by {iou('untrained', units=1)}, one raw neuron by "
+        f"{iou('neurons', units=1)}, the class token as a whole by {iou('token')}."]
+    poor = sorted({row["layer"] for row in tables["layers"] if row["fvu"] and row["fvu"] > 1})
+    if poor:
+        sentences.append(f"Beware: in layers {', '.join(map(str, poor))} the SAE reconstructs "
+                         "worse than the mean does (FVU above 1): train longer, or on more images.")
     return sentences
 
 

@@ -1,13 +1,11 @@
-"""How fast each stage is, against its limit and against its peers.
+"""How fast each stage is.
 
-    python tests/benchmark.py train|extract|score|buffer|precision|all [--rounds 7] [--quick]
+    python tests/benchmark.py train|extract|score|buffer|all [--rounds 7] [--quick]
 
-Rounds are interleaved, times are medians with the quartiles beside them, and a ratio is one of
-medians of one run. Peers are used where they are installed (pip install overcomplete saev sae-lens),
-each by its own public training step. --quick: small shapes, to see that it runs.
+Rounds are interleaved, times are medians, and a ratio is one of medians of one run. --quick: small
+shapes, to see that it runs.
 """
 import argparse
-import importlib.util
 import os
 import platform
 import resource
@@ -27,54 +25,27 @@ import sae as sae_module
 from dinov2_hooks import finish, record
 from kit.demo import SmallViT
 from kit.runs import keep_freed_memory
-from sae import (ActivationBuffer, SparseAutoencoder, Training, fast_precision, loss_of, train_sae)
+from sae import ActivationBuffer, SparseAutoencoder, Training, fast_precision, loss_of
 from taxonomy import Taxonomy, imagenet1k
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def measure(contestants: dict, rounds: int) -> dict[str, np.ndarray]:
+def measure(contestants, rounds):
     """name -> function, called in turn, once unmeasured, then `rounds` times; name -> seconds."""
     seconds = {name: [] for name in contestants}
-    for round in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, function in contestants.items():
             start = time.perf_counter()
             function()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-            if round:
+            if number:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(times) for name, times in seconds.items()}
+    return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
-def show(name: str, times: np.ndarray, remark: str = "") -> None:
-    low, median, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1e3
-    print(f"  {name:<28} {median:10.2f} ms  [{low:.2f}, {high:.2f}]  {remark}", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# train
-
-
-def five_products(n, m, B, precision):
-    """The limit: the step's five matrix products alone, into memory that is there."""
-    def new(*shape):
-        return torch.randn(*shape, device=DEVICE).to(getattr(torch, precision))
-
-    x, W_enc, W_dec, z, x_hat, gradient = (
-        new(*shape) for shape in ((B, n), (m, n), (m, n), (B, m), (B, n), (m, n)))
-
-    def step():
-        torch.mm(x, W_enc.T, out=z)
-        torch.mm(z, W_dec, out=x_hat)
-        torch.mm(z.T, x, out=gradient)
-        torch.mm(x, W_dec.T, out=z)
-        torch.mm(z.T, x, out=gradient)
-
-    return step
-
-
-def ours(n, m, x, precision):
+def training_step(n, m, x, precision):
     """The step in sae.train_sae."""
     sae = SparseAutoencoder(n, m).to(DEVICE)
     optimizer = torch.optim.Adam(sae.parameters(), lr=4e-4, fused=True)
@@ -91,88 +62,13 @@ def ours(n, m, x, precision):
     return step
 
 
-def overcomplete_step(n, m, x):
-    try:
-        from overcomplete.sae import SAE, train_sae
-    except AttributeError:  # its plots do not import with matplotlib 3.11, its SAEs then do
-        from overcomplete.sae import SAE, train_sae
-
-    sae = SAE(n, nb_concepts=m, device=DEVICE)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=4e-4, fused=True)
-
-    def criterion(x, x_hat, pre_codes, codes, dictionary):
-        return (x - x_hat).square().sum(1).mean() + 0.1 * codes.sum(1).mean()
-
-    return lambda: train_sae(sae, [x], criterion, optimizer, nb_epochs=1, clip_grad=0, monitoring=0,
-                             device=DEVICE)
-
-
-def saev_step(n, m, x):
-    from saev import config, nn
-
-    settings = config.SparseAutoencoder(d_vit=n, exp_factor=m // n, sparsity_coeff=0.1)
-    sae = nn.SparseAutoencoder(settings).to(DEVICE)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=4e-4, fused=True)
-
-    def step():  # as in saev.training.train
-        _, _, loss = sae(x)
-        loss.loss.backward()
-        sae.remove_parallel_grads()
-        optimizer.step()
-        sae.normalize_w_dec()
-        optimizer.zero_grad()
-
-    return step
-
-
-def sae_lens_step(n, m, x):
-    from sae_lens import LoggingConfig, StandardTrainingSAE, StandardTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    sae = StandardTrainingSAE(StandardTrainingSAEConfig(
-        d_in=n, d_sae=m, l1_coefficient=0.1, device=DEVICE, dtype="float32"))
-    settings = SAETrainerConfig(
-        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, device=DEVICE,
-        total_training_samples=10**9, autocast=False, lr=4e-4, lr_end=4e-5, lr_warm_up_steps=0,
-        lr_scheduler_name="constant", adam_beta1=0.9, adam_beta2=0.999, lr_decay_steps=0,
-        n_restart_cycles=1, train_batch_size_samples=len(x), dead_feature_window=1000,
-        feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False))
-    trainer = SAETrainer(settings, sae, iter(()))
-    return lambda: trainer.step(x)
-
-
-PEERS = {"overcomplete": overcomplete_step, "saev": saev_step, "sae_lens": sae_lens_step}
-
-
 def train(rounds, quick):
-    peers = {name: build for name, build in PEERS.items() if importlib.util.find_spec(name)}
-    print("  not installed and left out:", ", ".join(PEERS.keys() - peers.keys()) or "none")
-    shapes = [(192, 1024), (192, 4096), (384, 1024), (384, 4096), (768, 1024), (768, 4096),
-              (1536, 1024), (1536, 4096)]
-    for n, B in [(16, 32)] if quick else shapes:
-        print(f"one training step, {n} -> {8 * n}, batch {B}")
-        x, contestants = torch.randn(B, n, device=DEVICE) / n**0.5, {}
+    for n, B in [(16, 32)] if quick else [(192, 512), (384, 1024), (768, 1024), (1536, 4096)]:
+        x, steps = torch.randn(B, n, device=DEVICE) / n**0.5, {}
         for precision in dict.fromkeys(["float32", fast_precision(DEVICE)]):
-            contestants[f"five products, {precision}"] = five_products(n, 8 * n, B, precision)
-            contestants[f"ours, {precision}"] = ours(n, 8 * n, x, precision)
-        for name, build in peers.items():
-            try:
-                contestants[name] = build(n, 8 * n, x)
-            except Exception as error:  # a peer of another version
-                print(f"  {name} could not be used: {error}")
-        times = measure(contestants, rounds)
-        fastest = min((np.median(times[name]) for name in peers if name in times), default=np.nan)
-        for name in contestants:
-            median, remark = np.median(times[name]), ""
-            if name.startswith("ours"):
-                products = np.median(times[name.replace("ours", "five products")])
-                remark = f"products {products / median:.0%}; {fastest / median:.2f} x fastest peer"
-            show(name, times[name], remark)
-
-
-# --------------------------------------------------------------------------------------------------
-# the other stages
+            steps[precision] = training_step(n, 8 * n, x, precision)
+        for precision, seconds in measure(steps, rounds).items():
+            print(f"one training step, {n} -> {8 * n}, batch {B}, {precision}: {1e3 * seconds:.1f} ms")
 
 
 def extract(rounds, quick):
@@ -183,7 +79,7 @@ def extract(rounds, quick):
         vit, images = vit.eval().requires_grad_(False).to(DEVICE), torch.randn(count, 3, 224, 224)
 
         @torch.inference_mode()
-        def bare(precision):
+        def bare():
             low = precision != "float32"
             with torch.autocast(DEVICE, getattr(torch, precision), enabled=low):
                 vit(images.to(DEVICE))
@@ -195,102 +91,85 @@ def extract(rounds, quick):
                 for path in Path(folder).iterdir():
                     path.unlink()
 
-            times = measure({
-                f"bare forward, {precision}": lambda: bare(precision),
-                "all 12 layers to disk": recorded,
-                "bare forward, float32": lambda: bare("float32"),
-            }, rounds)
-        print(f"class tokens of {count} images, {name} in shape, images in memory")
-        first = np.median(next(iter(times.values())))
-        for contestant, seconds in times.items():
-            show(contestant, seconds, f"{count / np.median(seconds):.0f} images/s, "
-                 f"{first / np.median(seconds):.1%} of the bare forward's rate")
+            seconds = measure({"bare": bare, "recorded": recorded}, rounds)
+        print(f"class tokens of {count} images, {name} in shape, {precision}: "
+              f"{count / seconds['bare']:.0f} images/s bare, all 12 layers on disk at "
+              f"{seconds['bare'] / seconds['recorded']:.1%} of that rate")
 
 
 def score(rounds, quick):
     """One layer and seed at the paper's size: three dictionaries, all trees, probes, readings."""
-    width, expansion, C, rows = (64, 4, 100, (2000, 1000)) if quick else (1536, 8, 1000, (65_536, 50_000))
+    width, expansion, C, rows = 1536, 8, 1000, {"train": 65_536, "val": 50_000}
+    if quick:
+        width, expansion, C, rows = 64, 4, 100, {"train": 2000, "val": 1000}
     tree, encoding = Taxonomy.from_wnids(imagenet1k()[:C]), [0.0]
     rng = np.random.default_rng(0)
     codes, labels = rng.normal(size=(C, width)).astype(np.float32), {}
 
-    def timed(encode):
-        def encode_timed(x):
+    def timed(function):
+        def called(*given):
             start = time.perf_counter()
-            z = encode(x)
+            out = function(*given)
             encoding[0] += time.perf_counter() - start
-            return z
-        return encode_timed
+            return out
+        return called
 
     def dictionaries(*given):
         for one in metrics.dictionaries_of(*given):
             yield one._replace(encode=timed(one.encode), probed=timed(one.probed))
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch("reproduce.dictionaries_of", dictionaries):
+    with tempfile.TemporaryDirectory() as folder:
         buffers = []
-        for split, count in zip(("train", "val"), rows):
+        for split, count in rows.items():
             labels[split] = rng.permutation(np.arange(count) % C)
-            tokens = np.lib.format.open_memmap(f"{folder}/{split}.npy", "w+", np.float16, (count, width))
+            path = f"{folder}/{split}.npy"
+            tokens = np.lib.format.open_memmap(path, "w+", np.float16, (count, width))
             for start in range(0, count, 4096):
                 here = labels[split][start : start + 4096]
-                tokens[start : start + 4096] = 0.5 * codes[here] + rng.normal(size=(len(here), width))
-            buffers.append(ActivationBuffer(f"{folder}/{split}.npy", DEVICE))
+                noise = rng.normal(size=(len(here), width))
+                tokens[start : start + 4096] = 0.5 * codes[here] + noise
+            del tokens  # whose pages would count as memory
+            buffers.append(ActivationBuffer(path, DEVICE))
         statistics = buffers[0].statistics()
         sae = sae_module.new_sae(statistics, Training(expansion=expansion)).to(DEVICE)
         sae.b_enc.data.fill_(-0.05)  # about 5% of random latents fire
         sae.requires_grad_(False)
-        controls = reproduce.permuted_trees(tree)
+        sae.forward = timed(sae.forward)
         classifier = torch.nn.Linear(width, C).requires_grad_(False).to(DEVICE)
         start = time.perf_counter()
-        reproduce.score_layer(0, 0, sae, *buffers, labels, statistics, tree, controls, classifier,
-                              k=16, response_rate=0.5)
+        with mock.patch("reproduce.dictionaries_of", dictionaries):
+            reproduce.score_layer(0, 0, sae, *buffers, labels, statistics, tree,
+                                  reproduce.permuted_trees(tree), classifier, 16, 0.5)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"one layer, {len(sae.b_enc):,} latents, {rows[1]:,} + {rows[0]:,} tokens, {C:,} classes: "
-          f"{seconds:.0f} s, {seconds - encoding[0]:.0f} s without encoding; {peak:.2f} GiB at most")
+    print(f"one layer, {len(sae.b_enc):,} latents, {rows['val']:,} + {rows['train']:,} tokens, "
+          f"{C:,} classes: {seconds:.0f} s, {seconds - encoding[0]:.0f} s without encoding; "
+          f"{peak:.2f} GiB at most")
 
 
 def buffer(rounds, quick):
     rows, width = (20_000, 64) if quick else (1_281_167, 1536)
-    sae_module.POOL_BYTES = 1 << 20 if quick else sae_module.POOL_BYTES
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "layer.npy")
-        file = np.lib.format.open_memmap(path, "w+", np.float16, (rows, width))
+        tokens = np.lib.format.open_memmap(path, "w+", np.float16, (rows, width))
         block = np.random.default_rng(0).normal(size=(8192, width)).astype(np.float16)
         for start in range(0, rows, len(block)):
-            file[start : start + len(block)] = block[: rows - start]
-        del file
-        start = time.perf_counter()
-        ActivationBuffer(path, DEVICE).statistics()
-        times = [start, time.perf_counter()]
+            tokens[start : start + len(block)] = block[: rows - start]
+        del tokens
+        times = [time.perf_counter()]
         fresh = ActivationBuffer(path, DEVICE)
+        fresh.statistics()
+        times.append(time.perf_counter())
         for _ in range(2):
-            read = sum(len(x) for x in fresh.batches(4096, torch.Generator().manual_seed(0)))
+            drawn = sum(map(len, fresh.batches(4096, torch.Generator().manual_seed(0))))
             times.append(time.perf_counter())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"a layer of {rows:,} x {width}: statistics %.1f s; {read:,} rows drawn "
-              "in %.1f s, in the next epoch %.1f s;" % tuple(np.diff(times)),
-              f"peak memory {peak:.2f} GiB")
-
-
-def precision(rounds, quick):
-    """Final loss in the fast precision against float32, on planted directions."""
-    generator = torch.Generator().manual_seed(0)
-    n, rows = (16, 500) if quick else (192, 20_000)
-    directions = torch.randn(4 * n, n, generator=generator)
-    on = torch.rand(rows, 4 * n, generator=generator) < 0.05
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "layer.npy")
-        np.save(path, (on.float() @ directions).numpy().astype(np.float16))
-        for name in dict.fromkeys(["float32", fast_precision(DEVICE)]):
-            losses = []
-            train_sae(ActivationBuffer(path, DEVICE), Training(batch_size=100, epochs=10, precision=name),
-                      progress=lambda step, steps, loss: losses.append(loss.reconstruction.item()))
-            print(f"  {name}: reconstruction {np.mean(losses[-50:]):.5f} over the last 50 steps")
+    statistics, first, second = np.diff(times)
+    print(f"a layer of {rows:,} x {width}: statistics {statistics:.1f} s; {drawn:,} rows drawn in "
+          f"{first:.1f} s, in the next epoch {second:.1f} s")
 
 
 if __name__ == "__main__":
-    stages = {stage.__name__: stage for stage in (train, extract, score, buffer, precision)}
+    stages = {stage.__name__: stage for stage in (train, extract, score, buffer)}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="all", choices=[*stages, "all"])
@@ -301,7 +180,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} cores"
     print(f"{device}, {platform.machine()}; Python {platform.python_version()}, torch "
-          f"{torch.__version__}; fast precision {fast_precision(DEVICE)}; {arguments.rounds} rounds")
+          f"{torch.__version__}; {arguments.rounds} rounds")
     for name, stage in stages.items():
         if arguments.what in (name, "all"):
             stage(arguments.rounds, arguments.quick)

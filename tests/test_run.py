@@ -143,7 +143,7 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
         before = made()
         assert main([*run, *more]) == 0 and made_again(before) == stages
         assert before.items() <= made().items()  # nothing old is lost
-    assert len(os.listdir("out/results")) == 3  # of layers, and of λ
+    assert len(os.listdir("out/results")) == 4  # no setting replaces another's
 
 
 def test_tokens_of_something_else_are_refused(data, hub, capsys):

@@ -10,7 +10,6 @@ import torch
 
 import controls
 import paper_cost
-import sae
 from conftest import ROOT, small_run
 from kit.tables import mean_and_spread
 
@@ -23,9 +22,8 @@ def run_script(monkeypatch, capsys, name, *arguments):
 
 
 def test_benchmark(monkeypatch, capsys):
-    monkeypatch.setattr("sae.POOL_BYTES", sae.POOL_BYTES)  # which it changes
     said = run_script(monkeypatch, capsys, "benchmark.py", "all", "--quick", "--rounds", "1")
-    for words in ("ours, float32", "of the bare forward's rate", "without encoding", "rows drawn", "float32:"):
+    for words in ("float32: ", "all 12 layers on disk", "without encoding", "rows drawn"):
         assert words in said
 
 
@@ -43,10 +41,11 @@ def test_compare(data, hub, work, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import compare
 
-    monkeypatch.setattr(compare, "SAES", [("relu", "0.1"), ("topk-5", "0")])
+    monkeypatch.setattr(compare, "SAES", {"λ = 0.1": ["--l1", "0.1"],
+                                          "K = 5": ["--activation", "topk-5"]})
     assert compare.main(small_run(data, hub, "--layers", "1,2", "--seeds", "2")) == 0
     table = Path("out/comparison.md").read_text()
-    assert capsys.readouterr().out.count("ReLU, λ = 0.1") == 2 and table.count("TopK, K = 5") == 2
+    assert capsys.readouterr().out.count("| λ = 0.1 |") == 2 and table.count("| K = 5 |") == 2
     (path,) = Path("out/results").glob("topk-5*/layers.csv")
     with open(path) as file:
         rows = [row for row in csv.DictReader(file) if row["layer"] == "2"]
@@ -57,7 +56,7 @@ def test_compare(data, hub, work, monkeypatch, capsys):
 
 def test_walkthrough(data, hub, work, monkeypatch, capsys):
     text = (ROOT / "examples/walkthrough.py").read_text()
-    assert "reproduce" not in text and "from kit" not in text
+    assert "import reproduce" not in text and "from kit" not in text
     for given, small in (("LAYER = 11", "LAYER = 2"), ("IMAGES = 50", "IMAGES = 6"),
                          ("STEPS = 1500", "STEPS = 9"), ('OUT = ROOT / "walkthrough"',
                                                          'OUT = Path("walkthrough")')):
