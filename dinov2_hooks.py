@@ -210,7 +210,7 @@ def record(model: nn.Module, images, folder, layers, precision="float32", worker
     paths = [token_path(folder, layer).with_suffix(".part") for layer in layers]
     if notes.exists() and all(path.exists() for path in paths):
         noted = json.loads(notes.read_text())
-        if noted["layers"] == layers:
+        if set(layers) <= set(noted["layers"]):
             row, bad = noted["row"], noted["bad"]
     loader = DataLoader(images, BATCH, sampler=range(row, end), num_workers=workers,
                         collate_fn=_collate, pin_memory=device.type == "cuda",
@@ -265,7 +265,7 @@ def finish(folder, layers, rows: int, width: int) -> None:
         bad |= json.loads(path.read_text())["bad"]
     if len(bad) == rows:
         raise ImageError(f"none of the {rows} images can be read; {bad['0']}")
-    if left_out.exists() and json.loads(left_out.read_text()) != bad:
+    if left_out.exists() and json.loads(left_out.read_text()).keys() != bad.keys():
         raise ImageError(f"other images could be read when earlier layers of {folder} were "
                          "recorded: delete that folder")
     _write_json(left_out, bad)
@@ -279,8 +279,10 @@ def finish(folder, layers, rows: int, width: int) -> None:
         if bad:
             tokens = np.delete(np.load(part), list(map(int, bad)), axis=0)
             np.save(path.with_suffix(".new.npy"), tokens)
-            path.with_suffix(".new.npy").replace(part)
-        part.replace(path)
+            path.with_suffix(".new.npy").replace(path)
+            part.unlink()
+        else:
+            part.replace(path)
     for path in notes:
         path.unlink()
 
@@ -355,7 +357,9 @@ def relevancy_maps(model: nn.Module, images: torch.Tensor, layer: int, score) ->
     R = torch.eye(N, dtype=images.dtype, device=images.device).expand(len(images), N, N)
     for A, gradient in zip(attention.maps, gradients):
         R = R + (A.detach() * gradient).relu().mean(1) @ R
-    convolutions = (m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
-    stride = next(convolutions).stride
+    modules = getattr(model, "patch_embed", nn.Identity()).modules()
+    stride = next((module.stride for module in modules if isinstance(module, nn.Conv2d)), None)
+    if stride is None:
+        raise BackboneError("no relevancy map: patch_embed of this backbone has no convolution")
     h, w = images.shape[2] // stride[0], images.shape[3] // stride[1]
     return R[:, 0, N - h * w :].unflatten(1, (h, w))  # patches come last, after any registers

@@ -56,7 +56,8 @@ def every_other(labels: torch.Tensor) -> torch.Tensor:
 
 def as_labels(labels, rows: int) -> torch.Tensor:
     """Any sequence of class numbers -> (rows,) int64; ValueError for another length."""
-    labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    labels = labels.cpu() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    labels = torch.as_tensor(labels, dtype=torch.int64)
     if len(labels) != rows:
         raise ValueError(f"there are {len(labels)} labels for {rows} tokens")
     return labels
@@ -110,7 +111,8 @@ def sparse_units(directions: torch.Tensor, tokens: torch.Tensor, mean: torch.Ten
         values = sort_rows(directions[rows] @ centred)  # (512, N), rising
         place = len(tokens) - 1 - fires[rows].to(values.device)  # the largest that stays silent
         threshold = values.gather(1, place.clamp(min=0)[:, None]).squeeze(1)
-        threshold[place < 0] = -torch.inf
+        below_all = 2 * values[:, 0] - values[:, -1]
+        threshold = torch.where(place < 0, below_all, threshold)  # fires on all of these tokens
         threshold[place == len(tokens) - 1] = torch.inf  # a dead unit, on other tokens too
         thresholds.append(threshold)
     thresholds = torch.cat(thresholds)
@@ -236,11 +238,12 @@ def responses_of(profile: Profile, k=16, response_rate=0.5) -> Responses:
     for counts, images in [(profile.counts.sum(0), profile.images.sum(0)),
                            *zip(profile.counts, profile.images)]:
         responds.append((counts / images.clamp(min=1) >= response_rate).float())
+    halved = (profile.images.amin(0) > 0).float()
+    shown_A = empty.scatter_add(1, profile.top_classes, in_A.float())
     return Responses(
         (profile.fires >= k).nonzero().flatten().cpu().numpy(), top,
         empty.scatter_add(1, top, torch.ones_like(top, dtype=torch.float32)), responds[0],
-        empty.scatter_add(1, profile.top_classes, in_A.float()), *responds[1:],
-        (profile.images.amin(0) > 0).float())
+        shown_A * halved, responds[1] * halved, responds[2] * halved, halved)
 
 
 def lowest_common(shown: torch.Tensor, tree: Taxonomy) -> np.ndarray:
@@ -321,7 +324,7 @@ def score_hierarchy(responses: Responses, tree: Taxonomy) -> Scores:
 
 
 class Relations(NamedTuple):
-    """Do the latents of general hypernyms fire where those of special ones do? A row of
+    """Do the latents of general hypernyms fire where those of specific ones do? A row of
     relations.csv. A share is that of the top images of one latent on which another fires."""
 
     related_pairs: int  # of hypernyms matched, u above v, by different latents

@@ -105,6 +105,8 @@ def parse_settings(argv=None):
         value = getattr(settings, name)
         if value is not None and not least <= value < 2**62:
             parser.error(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
+    if settings.response_rate > 1:
+        parser.error(f"--response-rate {settings.response_rate}: give a share, at most 1")
     if settings.top_k > TOP // 2:
         parser.error(f"--top-k {settings.top_k}: give at most {TOP // 2}")
     if not re.fullmatch(r"all|last|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", settings.layers):
@@ -144,7 +146,8 @@ def check_tokens(settings, inputs, folder):
     """What the class tokens in `folder` are made of, written there the first time. Raises
     InputError where they were made of something else: recording takes hours, and is not begun anew
     unasked."""
-    path, code = folder / "settings.json", short_hash(code_of(HERE / "dinov2_hooks.py"))
+    path, code = folder / "settings.json", short_hash(
+        code_of(HERE / "dinov2_hooks.py"), code_of(HERE / "kit/data.py", "Decoded", "find_images"))
     known = json.loads(path.read_text()) if path.exists() else {}
     default = "float16" if settings.device == "cuda" else fast_precision("cpu")
     precision = settings.precision or known.get("precision", default)
@@ -152,14 +155,14 @@ def check_tokens(settings, inputs, folder):
         "backbone": settings.backbone, "weights": weights_hash(inputs.model),
         "training images": len(inputs.train.names), "validation images": len(inputs.val.names),
         "images": fingerprint(inputs.train, inputs.val), "transform": str(inputs.transform),
-        "precision": precision, "skip bad images": settings.skip_bad_images, "code": code}
+        "precision": precision, "code": code}
     for key, value in about.items():
-        if key not in ("code", "skip bad images") and known.get(key, value) != value:
+        if key != "code" and known.get(key, value) != value:
             raise InputError(f"the class tokens in {folder} were recorded with other {key}: "
                              f"{known[key]}, now {value}; give another --out, or delete them")
     if known.get("code", code) != code:
-        print(f"      dinov2_hooks.py has changed since {folder} was recorded: delete that folder "
-              "to record anew")
+        print(f"      the code has changed since {folder} was recorded: delete that folder to "
+              "record anew")
         about["code"] = known["code"]
     if RANK == 0 and known != about:
         with write_aside(path) as part:
@@ -199,7 +202,8 @@ def record_tokens(settings, inputs, folder, precision):
 
 def statistics_of(buffer, tokens):
     """Of a layer's training tokens; kept beside them, as at ImageNet's size they take 15 s."""
-    path = tokens.with_suffix(".statistics.json")
+    code = short_hash(code_of(HERE / "sae.py", "ActivationBuffer"))
+    path = tokens.with_suffix(f".statistics-{code}.json")
     if not path.exists():
         mean, variance, *norms = buffer.statistics()
         with write_aside(path) as part:
@@ -347,23 +351,27 @@ class Folders(NamedTuple):
     results: Path
 
 
-def folders_of(settings, inputs, trainings, out, made_of):
+def folders_of(settings, inputs, trainings, out, about):
     code = [code_of(HERE / file) for file in SCORING]
     code.append(code_of(HERE / "reproduce.py", "score_layer", "score_layers"))
     saes, sae, scores = {}, {}, {}
     for training in trainings:
-        name = f"{name_of(training)}-" + short_hash(made_of, training, code_of(HERE / "sae.py"))
-        saes[training.seed] = out / "saes" / name
+        made = short_hash(about, training, code_of(HERE / "sae.py"),
+                          code_of(HERE / "reproduce.py", "train_saes"))
+        saes[training.seed] = out / "saes" / f"{name_of(training)}-{made}"
     results = name_of(trainings[0]) + f"-{settings.seeds}_seeds" * (settings.seeds > 1)
     if settings.saes:
         results = "from_" + re.sub(r"[^\w.-]", "_", settings.saes)
         width = inputs.model.cls_token.shape[-1]
         saes[settings.seed] = hub.find_saes(settings.saes, inputs.layers, width, settings.backbone)
+    tree = inputs.tree
+    shape = tree.leaves.tobytes(), tree.height.tolist(), tree.depth.tolist(), tree.wnids
     for layer, (seed, folder) in itertools.product(inputs.layers, saes.items()):
-        made = short_hash(made_of, str(folder), inputs.tree.wnids, settings.top_k,
-                          settings.response_rate, code)
-        name = results if settings.saes else folder.name
         sae[layer, seed] = folder / f"layer_{layer:02d}"
+        name, content = folder.name, None
+        if settings.saes:
+            name, content = results, (sae[layer, seed] / "model.safetensors").read_bytes()
+        made = short_hash(about, name, content, shape, settings.top_k, settings.response_rate, code)
         scores[layer, seed] = out / "scores" / f"{name}-{made}" / f"layer_{layer:02d}.json"
     if settings.layers != "all":
         results += f"-layers_{settings.layers}"
@@ -373,12 +381,18 @@ def folders_of(settings, inputs, trainings, out, made_of):
 
 def say_what_is_written(inputs, training, folders, out):
     """Bytes to write and bytes free, and what lies there from other settings or code."""
-    width = inputs.model.cls_token.shape[-1]
-    rows = len(inputs.train.names) + len(inputs.val.names)
-    tokens = [n for n in inputs.layers if not token_path(out / "tokens/val", n).exists()]
+    width, count, layers = inputs.model.cls_token.shape[-1], 0, set()
+    for split, images in (("train", inputs.train), ("val", inputs.val)):
+        for layer in inputs.layers:
+            path = token_path(out / "tokens" / split, layer)
+            if not path.exists():
+                part = path.with_suffix(".part")
+                there = part.stat().st_size if part.exists() else 0
+                count += max(0, 2 * width * len(images.names) - there)
+                layers.add(layer)
     saes = [folder for folder in folders.sae.values() if not folder.is_dir()]
-    count = 2 * width * rows * len(tokens) + 8 * training.expansion * width**2 * len(saes)
-    check_disk(out, count, f"{len(tokens)} layers of class tokens, {len(saes)} SAEs")
+    count += 8 * training.expansion * width**2 * len(saes)
+    check_disk(out, count, f"{len(layers)} layers of class tokens, {len(saes)} SAEs")
     used = {*folders.saes.values(), *(path.parent for path in folders.scores.values())}
     unused = {*(out / "saes").glob("*"), *(out / "scores").glob("*")} - used
     if unused:
@@ -387,6 +401,8 @@ def say_what_is_written(inputs, training, folders, out):
 
 
 def run(settings):
+    if RANK > 0:
+        barrier()  # the first process fetches what has to be fetched
     times, out = [time.time()], where_to(settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else "no GPU is used"
     if settings.device == "cpu" and not torch.backends.cuda.is_built():
@@ -398,8 +414,9 @@ def run(settings):
         inputs, tokens = find_inputs(settings, out), out / "tokens"
         trainings = trainings_of(settings, len(inputs.train.names))
         about = check_tokens(settings, inputs, tokens)
-        made_of = {key: value for key, value in about.items() if key != "code"}
-        folders = folders_of(settings, inputs, trainings, out, made_of)
+        folders = folders_of(settings, inputs, trainings, out, about)
+        if RANK == 0:
+            barrier()
         say_what_is_written(inputs, trainings[0], folders, out)
         print(f"[1/4] images -> class tokens ({about['precision']})")
         labels = record_tokens(settings, inputs, tokens, about["precision"])

@@ -113,7 +113,7 @@ class Taxonomy:
         return cls(nodes, names, class_nodes, leaves, height, shortest, depth, lowest)
 
     def permuted(self, order) -> "Taxonomy":
-        """The same tree, its classes randomly reassigned to its leaves: class c takes the place of order[c].
+        """The same tree, its classes reassigned to its leaves: class c takes the place of order[c].
 
         The control for kinship: classes, images and latents stay as they are, and the tree keeps
         its shape, but which classes are kin is left to chance.

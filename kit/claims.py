@@ -75,10 +75,11 @@ def thirds(by_layer):
 
 def curveball(matched, draws, seed=0):
     """Yields random matrices with the row and column sums of matched (L, H), bool (Strona et al.
-    2014). A trade deals what only one of two rows holds anew; 5 L² trades lie between two draws."""
+    2014). A trade reassigns what only one of two rows holds; between two draws there are 5 L²
+    trades, at most 1,000."""
     rows, rng = [set(np.flatnonzero(row).tolist()) for row in matched], random.Random(seed)
     for _ in range(draws):
-        for _ in range(5 * len(rows) ** 2):
+        for _ in range(min(5 * len(rows) ** 2, 1000)):
             a, b = rng.sample(range(len(rows)), 2)
             common, pool = rows[a] & rows[b], list(rows[a] ^ rows[b])
             rng.shuffle(pool)
@@ -122,14 +123,17 @@ def row_of(claim, statistic, values, verdict="no test", about_hierarchy=True, **
     return row | more
 
 
-def is_there(claim, records, column):
-    """Is a score better than under permuted trees? records: of one layer, one for each seed."""
-    values = [hierarchy_value(record, column) for record in records]
-    permuted = np.mean([hierarchy_value(record, column, tree="permuted") for record in records])
-    p, opposite = np.array([p_values(record, column) for record in records]).T
-    return row_of(claim, f"{SCORES[column][0]}, last layer", values,
-                  verdict(p <= 0.05, opposite <= 0.05), permuted=float(permuted),
-                  p_value=float(p.max()))
+def is_there(claim, layer, column):
+    """Is a score better than under permuted trees? layer: its records, one for each seed."""
+    values, permuted, p, opposite = [], [], [], []
+    for record in layer:
+        values.append(hierarchy_value(record, column))
+        permuted.append(hierarchy_value(record, column, tree="permuted"))
+        as_good, as_bad = p_values(record, column)
+        p.append(as_good <= 0.05), opposite.append(as_bad <= 0.05)
+    worst = max(p_values(record, column)[0] for record in layer)
+    return row_of(claim, f"{SCORES[column][0]}, last layer", values, verdict(p, opposite),
+                  permuted=float(np.mean(permuted)), p_value=worst)
 
 
 def over_the_seeds(claim, statistic, values, first=True, last=True):
@@ -153,21 +157,19 @@ def hierarchy_claims(layers):
     """layers: of every layer the records, one for each seed."""
     rows, first, last = [], layers[0], layers[-1]
     for column, (name, _) in SCORES.items():
-        claim = "the hierarchy is there" if column == MAIN else f"the hierarchy is there, by {name}"
-        rows.append(is_there(claim, last, column))
-        by_layer = np.array([[surplus(record, column) for record in layer] for layer in layers])
-        in_first = is_there("", first, column)["verdict"] == "holds"
+        by = "" if column == MAIN else f", by {name}"
+        rows.append(is_there(f"the hierarchy is there{by}", last, column))
         in_last = rows[-1]["verdict"] == "holds"
-        claim = "it grows with depth" if column == MAIN else f"it grows with depth, by {name}"
-        rows.append(over_the_seeds(claim, f"{name}: S, last third of layers less first",
-                                   thirds(by_layer), in_first, in_last))
+        in_first = is_there("", first, column)["verdict"] == "holds"
+        by_layer = np.array([[surplus(record, column) for record in layer] for layer in layers])
+        rows.append(over_the_seeds(f"it grows with depth{by}", f"{name}: S, last third of layers "
+                                   "less first", thirds(by_layer), in_first, in_last))
         if len(layers) < FEWEST_LAYERS:
             rows[-1]["verdict"] = "too few layers"
         if column == MAIN:
-            gain = [surplus(record, column) - surplus(record, column, "untrained")
-                    for record in last]
+            untrained = [surplus(record, column, "untrained") for record in last]
             rows.append(over_the_seeds("training brings it", f"{name}: S, SAE less untrained SAE, "
-                                       "last layer", gain, last=in_last))
+                                       "last layer", by_layer[-1] - untrained, last=in_last))
     return rows
 
 
@@ -175,14 +177,14 @@ def layer_claims(layers, draws):
     """What the paper says of layers, whatever the hierarchy; draws (C, D) of the classes."""
     rows = []
     for column, (claim, above, below) in BY_CLASS.items():
-        values = np.array([[record["layers"][column] for record in layer] for layer in layers])
-        drawn = []
+        values, drawn = [], []
         for layer in layers:
-            sums = [(np.array(record["by_class"][above]) @ draws,
-                     np.array(record["by_class"][below]) @ draws) for record in layer]
-            drawn.append([top / bottom for top, bottom in sums])
+            values.append([record["layers"][column] for record in layer])
+            sums = [record["by_class"] for record in layer]
+            drawn.append([np.array(each[above]) @ draws / (np.array(each[below]) @ draws)
+                          for each in sums])
         rows.append(over_the_classes(claim, f"{column}, last third of layers less first",
-                                     thirds(values), thirds(np.array(drawn))))
+                                     thirds(np.array(values)), thirds(np.array(drawn))))
         if len(layers) < FEWEST_LAYERS:
             rows[-1]["verdict"] = "too few layers"
     return rows
@@ -194,12 +196,13 @@ def probe_claims(last):
     for other, name in (("untrained", "an untrained one"), ("neurons", "a neuron")):
         values, draws = [], []
         for record in last:
-            of_sae, of_other = (np.array(record["iou_draws"][key], float)
-                                for key in ("sae", other))
-            iou = {row["dictionary"]: row["iou"] for row in record["probes"]
-                   if row["units"] == 1 and row["tree"] == "wordnet"}
+            iou = {}
+            for row in record["probes"]:
+                if row["units"] == 1 and row["tree"] == "wordnet":
+                    iou[row["dictionary"]] = row["iou"]
             values.append(iou["sae"] - iou[other])
-            draws.append(of_sae - of_other)
+            of_sae, of_other = record["iou_draws"]["sae"], record["iou_draws"][other]
+            draws.append(np.array(of_sae, float) - np.array(of_other, float))
         rows.append(over_the_classes(f"a latent tells a hypernym better than {name}",
                                      "probe IoU with one unit, difference, last layer", values,
                                      draws))
@@ -207,15 +210,15 @@ def probe_claims(last):
 
 
 def consistency_claim(matched):
-    """matched: for each seed (L, H) bool. Layers that match nothing are left out."""
+    """matched: for each seed (L, H) bool. Layers that match nothing, or all, are left out."""
     claim, statistic = "near layers agree more", "kappa, neighbouring layers less all others"
     values, p, opposite = [], [], []
     for sets in matched:
-        sets = sets[sets.any(1)]
+        sets = sets[sets.any(1) & ~sets.all(1)]
         if len(sets) < FEWEST_LAYERS:
             return row_of(claim, statistic, [np.nan] * len(matched), "too few layers", False)
         values.append(nearness(sets))
-        drawn = np.array([nearness(draw) for draw in curveball(sets, 1000)])
+        drawn = np.array(list(map(nearness, curveball(sets, 1000))))
         p.append((1 + (drawn >= values[-1] - 1e-9).sum()) / 1001)
         opposite.append((1 + (drawn <= values[-1] + 1e-9).sum()) / 1001)
     judged = verdict(np.array(p) <= 0.05, np.array(opposite) <= 0.05)
@@ -224,19 +227,21 @@ def consistency_claim(matched):
 
 def described(last, hypernyms):
     """What no test can judge: hypernyms are nested, and what is matched fires by definition."""
-    correlations = []
+    correlations, shares, expected = [], [], []
     for rows in hypernyms:
         emerged = [row for row in rows if row["emergence_layer"] is not None]
-        layers = [-row["emergence_layer"] for row in emerged]
-        correlations.append(rank_correlation([row["height"] for row in emerged], layers))
-    related = [row for record in last for row in record["relations"] if row["dictionary"] == "sae"]
-    shares, expected = (np.array([row[key] for row in related], float)
-                        for key in ("related", "expected"))
+        correlations.append(rank_correlation([row["height"] for row in emerged],
+                                             [-row["emergence_layer"] for row in emerged]))
+    for record in last:
+        for row in record["relations"]:
+            if row["dictionary"] == "sae":
+                shares.append(row["related"]), expected.append(row["expected"])
     return [
         row_of("general hypernyms emerge earlier", "Spearman's rho of height and earliness",
                correlations),
-        row_of("general latents fire where special ones do", "share of top images; for permuted: "
-               "expected from class rates; last layer", shares, permuted=float(expected.mean()))]
+        row_of("general latents fire where specific ones do", "share of top images; for permuted: "
+               "expected from class rates; last layer", shares,
+               permuted=float(np.mean(np.array(expected, float))))]
 
 
 def claims_of(records, hypernyms, tree):

@@ -15,7 +15,7 @@ from torchvision.transforms import Normalize
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from kit.runs import RANK, barrier, code_of, short_hash, write_aside
+from kit.runs import RANK, code_of, short_hash, write_aside
 from taxonomy import Taxonomy
 
 CLASSES = (  # 30 ImageNet classes from several branches of WordNet
@@ -197,7 +197,6 @@ def open_demo(out, normalise):
             draw_images(part / "images")
             vit = train_vit(class_traits(Taxonomy.from_wnids(CLASSES)), normalise)
             (part / weights.name).write_bytes(save(vit.state_dict()))
-    barrier()
     class_traits(Taxonomy.from_wnids(CLASSES))
     vit = SmallViT().eval().requires_grad_(False)
     vit.load_state_dict(load_file(weights))

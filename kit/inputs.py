@@ -10,6 +10,7 @@ from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transfor
 from kit import demo
 from kit.data import Split, fetch_tiny_imagenet, find_images
 from kit.runs import InputError
+from metrics import hypernyms_to_find
 from taxonomy import Taxonomy
 
 
@@ -54,9 +55,9 @@ def find_inputs(settings, out):
     tree, counts = Taxonomy.from_wnids(classes), (len(train.names), len(val.names))
     note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
     print(f"      {note}")
-    if len(classes) < 3:
-        raise InputError(f"--data {settings.data}: of two classes no hypernym can be found; give "
-                         "three or more")
+    if len(hypernyms_to_find(tree)) == 0:
+        raise InputError(f"--data {settings.data}: no hypernym has two of these {len(classes)} "
+                         "classes and at most half of them, so none can be found; give more classes")
     if settings.top_k > counts[1]:
         raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
     if (settings.batch_size or 1) > counts[0]:

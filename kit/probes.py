@@ -184,7 +184,7 @@ def probe_rows(dictionary, train, val, labels, tree, permuted):
     trees, rows = {"wordnet": tree, "permuted": permuted}, []
     hits = hypernym_probes(dictionary.probed, train, labels["train"], val, labels["val"], trees,
                            (*UNITS, None) if neurons else UNITS)
-    images = torch.bincount(as_labels(labels["val"], val.rows)).float()
+    images = torch.bincount(as_labels(labels["val"], val.rows), minlength=len(tree.classes))
     large = large_hypernyms(tree)
     for name, of_tree in hits.items():
         leaves = leaves_of(trees[name], hypernyms_to_find(trees[name]))
@@ -192,9 +192,10 @@ def probe_rows(dictionary, train, val, labels, tree, permuted):
             iou = iou_of(hit, images, leaves).numpy()
             rows.append({
                 "dictionary": dictionary.name if count else "token",
-                "units": count or train.width, "tree": name, "iou": mean_of(iou[large]),
-                "iou_small": mean_of(iou[~large]), "above_half": int((iou > 0.5).sum()),
-                "best": float(iou.max(initial=0))})
+                "units": count or train.width, "tree": name,
+                "iou": mean_of(iou[large & np.isfinite(iou)]),
+                "iou_small": mean_of(iou[~large & np.isfinite(iou)]),
+                "above_half": int((iou > 0.5).sum()), "best": float(np.nanmax(iou))})
     leaves = leaves_of(tree, hypernyms_to_find(tree))
     drawn = iou_of(hits["wordnet"][1], images, leaves, class_draws(len(tree.classes)))
     return rows, drawn[large].nanmean(0)

@@ -27,8 +27,9 @@ FIGURES = {  # name: (alt text, caption), in the order in which to read them
     "hierarchy": (
         "Plot by layer of the LCH height between classes: SAE, baselines, permuted trees.",
         "If the hierarchy is there, the blue line lies below the grey band: the same latents, with "
-        "the classes randomly reassigned to the leaves of the tree. Raw neurons and the untrained SAE fire "
-        "as often as the SAE's latents; what training adds is the way from them to the blue line."),
+        "the classes randomly reassigned to the leaves of the tree. Raw neurons and the untrained "
+        "SAE fire as often as the SAE's latents; what training adds is the way from them to the "
+        "blue line."),
     "probes": (
         "Plots of the IoU of hypernym probes, by the number of units and by layer.",
         "How well few units tell the images under a hypernym, beside the whole token. Dashed: the "
@@ -51,7 +52,7 @@ GLOSSARY = {
                   "classes: over pairs of images of two classes",
     "matched": "a latent responds to the hypernym's classes and few others (Jaccard above 0.5), "
                "chosen on one half of the images and confirmed on the other",
-    "permuted trees": "the control: the same tree with its classes randomly reassigned to its leaves",
+    "permuted trees": "the control: the same tree, its classes randomly reassigned to its leaves",
     "FVU": "fraction of variance unexplained by the SAE; above 1 is worse than the mean",
 }
 

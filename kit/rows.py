@@ -29,7 +29,7 @@ def best_latents(scores, profile, responses, tree):
         best[tree.wnids[scores.hypernyms[h]]] = {
             "latent": latent, "match": float(scores.hypernym_match[h]),
             "matched": bool(scores.hypernym_matched[h]), "lch": tree.names[lch[latent]],
-            "k": responses.top.shape[1], "top_images": profile.top_images[latent].tolist(),
+            "k": responses.top.shape[1], "top_images": profile.top_images[latent][: int(profile.fires[latent])].tolist(),
             "responds": responses.responds[latent].nonzero().flatten().tolist()}
     return best
 

@@ -35,23 +35,32 @@ def code_of(path, *names):
     definitions, and all others of the file that they mention."""
     tree, by_name = ast.parse(Path(path).read_text(encoding="utf-8")), {}
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant):
-                body[0].value.value = ""
-    for node in tree.body:
-        for target in getattr(node, "targets", [node]):
-            by_name[getattr(target, "name", getattr(target, "id", ""))] = node
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [part for part in node.body if not is_text(part)]
     if not names:
         return ast.dump(tree)
+    for node in tree.body:
+        mentioned = [getattr(node, "name", "")]
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            mentioned = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            mentioned = [alias.asname or alias.name for alias in node.names]
+        for name in mentioned:
+            by_name.setdefault(name, []).append(node)
     wanted, pending = {}, list(names)
     while pending:
         name = pending.pop()
         if name in by_name and name not in wanted:
-            wanted[name] = ast.dump(by_name[name])
-            inside = ast.walk(by_name[name])
-            pending += [node.id for node in inside if isinstance(node, ast.Name)]
+            wanted[name] = list(map(ast.dump, by_name[name]))
+            for node in by_name[name]:
+                pending += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
     return str(sorted(wanted.items()))
+
+
+def is_text(node):
+    """Whether a statement is a string alone, as docstrings are."""
+    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return text and isinstance(node.value.value, str)
 
 
 def short_hash(*parts):
@@ -72,9 +81,9 @@ def to_json(content):
 
 @contextmanager
 def write_aside(path):
-    """Yields PATH.part, to write a file or folder there. At the end it takes the place of PATH,
+    """Yields PATH.RANK.part, to write a file or folder there. At the end it takes the place of PATH,
     which is there or is not, whenever the run is killed."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{RANK}.part")
     shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     yield part
@@ -179,7 +188,8 @@ def shared_memory():
 def sentence_of(error):
     """What a user can do about an error that is no bug; None for one that is."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    memory = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in memory):
         return ("out of memory: lower --batch-size or --expansion, choose a smaller --backbone, or "
                 "give --device cpu; what is done is kept")
     if "no kernel image" in text:

@@ -60,7 +60,7 @@ def test_rank_correlation_closed_forms():
 @pytest.fixture(scope="module")
 def verdicts():
     """Worlds of four layers and three seeds, of fewer tokens than in the calibration."""
-    return {world: {row["claim"]: row for row in claims_of_world(world, 1, layers=4, epochs=15)}
+    return {world: {row["claim"]: row for row in claims_of_world(world, 1, layers=4, epochs=12, classes=50)}
             for world in ("flat", "hierarchical")}
 
 

@@ -118,6 +118,31 @@ def test_recording_goes_on_where_it_was_interrupted(vit, tmp_path, monkeypatch):
             np.testing.assert_allclose(recorded, tokens, atol=2e-3)
 
 
+def test_a_kill_while_files_get_their_names(vit, tmp_path, monkeypatch):
+    images = list(torch.randn(6, 3, 16, 16))
+    images[2] = ImageError("two is broken")
+    replace, left = type(tmp_path).replace, [99]
+
+    def killed(path, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stop
+        return replace(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", killed)
+    record(vit, images, tmp_path, [0, 1], skip_bad=True)
+    for renames in (0, 1, 1, 9):  # of left_out.json, of each layer
+        left[0] = renames
+        try:
+            missing = [n for n in (0, 1) if not (tmp_path / f"layer_{n:02d}.npy").exists()]
+            record(vit, Images(images), tmp_path, missing, skip_bad=True)  # nothing is done again
+            finish(tmp_path, missing, 6, 24)
+        except Stop:
+            continue
+    for layer in (0, 1):
+        assert np.load(tmp_path / f"layer_{layer:02d}.npy").shape == (5, 24)
+
+
 def test_images_that_cannot_be_read(vit, tmp_path):
     images = list(torch.randn(6, 3, 16, 16))
     images[1], images[4] = ImageError("one is broken"), ImageError("four is broken")

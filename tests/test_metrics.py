@@ -199,6 +199,11 @@ def test_a_class_with_one_image_is_in_neither_half(small_tree):
     scores = score_hierarchy(profile, small_tree, k=4)
     match = dict(zip((small_tree.wnids[v] for v in scores.hypernyms), scores.hypernym_match))
     assert match["animal"] == 1  # of the three classes that can be judged
+    profile.images[1, c2 - 1] = 0  # now cat cannot be judged, and what is under it counts nowhere
+    one = profile._replace(counts=profile.counts.clone())
+    scores = score_hierarchy(one, small_tree, k=4)
+    match = dict(zip((small_tree.wnids[v] for v in scores.hypernyms), scores.hypernym_match))
+    assert match["cat"] == 0 and match["dog"] == 1
 
 
 def test_a_latent_that_fires_on_fewer_than_k_images_is_not_alive(small_tree):

@@ -39,8 +39,12 @@ def test_code_is_what_a_file_does(tmp_path):
     assert code(plain) == code(plain.replace("Says", "Tells") + "\n# a comment\n")
     assert code(plain) != code(plain.replace("return 2", "return 3"))
     for old, new, changed in (("return 2", "return 3", True), ("A = 1", "A = 2", True),
-                              ("pass", "return", False)):  # f calls g and reads A, not h
-        assert (code(plain, "f") != code(plain.replace(old, new), "f")) == changed
+                              ("A = 1", "A: int = 2", True), ("A = 1", "A, B = 1, 2", True),
+                              ("A = 1", "A = 1\nA += 1", True), ("pass", "return", False)):
+        assert (code(plain, "f") != code(plain.replace(old, new), "f")) == changed  # f reads g and A
+    field = "class T:\n    a: int = 1\n    'what a is'\n"
+    assert code(field) == code(field.replace("what a is", "said better"))
+    assert code("from x import g\n" + plain, "f") != code("from y import g\n" + plain, "f")
 
 
 def hold(folder, taken, done):
@@ -88,6 +92,7 @@ def test_room_on_the_disk(tmp_path, capsys):
     (FileNotFoundError(errno.ENOENT, "No such file", "x"), "x: No such file"),
     (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: lower --batch-size .* cpu"),
     (RuntimeError("CUDA error: no kernel image is available"), "no kernels for this GPU"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: lower"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal"), "give --workers 0"),
 ])
 def test_errors_that_users_can_mend(error, words):
