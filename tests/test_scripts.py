@@ -1,5 +1,6 @@
 """Every script in tests/ runs, on something small: none can rot unseen."""
 import csv
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -70,6 +71,13 @@ def test_walkthrough(data, hub, work, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "FVU" in said and "Height between classes" in said and "under a permuted tree" in said
     assert Path("walkthrough/latent.png").stat().st_size > 10_000
+
+
+def test_the_notebook_is_made_of_the_script():
+    cells = json.loads((ROOT / "examples/walkthrough.ipynb").read_text())["cells"]
+    script = (ROOT / "examples/walkthrough.py").read_text().split("\n# %%\n")[1:]
+    code = [part.split("\n# %% [markdown]")[0].strip() for part in script]
+    assert ["".join(cell["source"]).strip() for cell in cells if cell["cell_type"] == "code"] == code
 
 
 def test_controls(monkeypatch, capsys):

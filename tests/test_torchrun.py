@@ -58,6 +58,3 @@ def test_one_fails_with_its_sentence_and_started_again_two_come_to_the_results_o
     assert said.count("[4/4]") == 1  # one of them speaks
     assert results("out") == results("one")
     assert not [*Path("out").rglob("progress_*"), *Path("out").rglob("*.part")]
-    running = start("data", hub, 2, "--layers", "7", out="never")
-    said, _ = running.communicate(timeout=300)
-    assert running.returncode != 0 and "the backbone has layers 0 to 2" in said
