@@ -51,10 +51,12 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, device="cpu", **options) -> nn.
     """
     folder = Path(hub).expanduser()
     if (folder / "hubconf.py").is_file():
-        repo, where = str(folder), {"source": "local"}
+        repo = str(folder)
+        where = {"source": "local"}
     elif not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+(:[\w./-]+)?", hub):
         # skip_validation: torch.hub would ask GitHub's rate-limited API, which knows no commits
-        repo, where = hub, {"source": "github", "skip_validation": True, "trust_repo": True}
+        repo = hub
+        where = {"source": "github", "skip_validation": True, "trust_repo": True}
     else:
         raise BackboneError(f"{hub} is no folder with a hubconf.py, and no owner/name:commit")
     os.environ["XFORMERS_DISABLED"] = "1"  # of DINOv2's code: other kernels, and so other tokens
@@ -125,7 +127,8 @@ def class_token_of(output) -> torch.Tensor:
 def check_class_token(model: nn.Module, image: torch.Tensor, layers) -> None:
     """Raises BackboneError where token 0 of a layer does not follow the model's `cls_token`: in
     CaiT and XCiT, say, the class token joins later, and token 0 is a patch."""
-    layers, before = list(layers), model.cls_token.detach().clone()
+    layers = list(layers)
+    before = model.cls_token.detach().clone()
     expected = class_tokens(model, image[None], layers)
     model.cls_token += 1 + before.abs().mean()
     moved = (class_tokens(model, image[None], layers) != expected).flatten(1).any(1)
@@ -142,7 +145,8 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers, precision="floa
     precision  of the matrix products: float32, or under autocast float16 or bfloat16
     Raises BackboneError for a layer the model lacks, and for images of a size it does not take.
     """
-    layers, blocks = list(layers), blocks_of(model)
+    layers = list(layers)
+    blocks = blocks_of(model)
     for layer in layers:
         if not 0 <= layer < len(blocks):
             raise BackboneError(f"no layer {layer}: the backbone has 0 to {len(blocks) - 1}")
@@ -202,11 +206,15 @@ def record(model: nn.Module, images, folder, layers, precision="float32", worker
 
     Raises BackboneError for a token that is not finite in fp16.
     """
-    N, width, device = len(images), model.cls_token.shape[-1], model.cls_token.device
-    steps, layers = -(-N // BATCH), list(layers)  # shares are whole batches
+    N = len(images)
+    width = model.cls_token.shape[-1]
+    device = model.cls_token.device
+    layers = list(layers)
+    steps = -(-N // BATCH)  # shares are whole batches
     first, end = (min(N, part * steps // ranks * BATCH) for part in (rank, rank + 1))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    notes, row, bad = Path(folder, f"progress_{rank}_of_{ranks}.json"), first, {}
+    notes = Path(folder, f"progress_{rank}_of_{ranks}.json")
+    row, bad = first, {}
     paths = [token_path(folder, layer).with_suffix(".part") for layer in layers]
     if notes.exists() and all(path.exists() for path in paths):
         noted = json.loads(notes.read_text())
@@ -215,8 +223,9 @@ def record(model: nn.Module, images, folder, layers, precision="float32", worker
     loader = DataLoader(images, BATCH, sampler=range(row, end), num_workers=workers,
                         collate_fn=_collate, pin_memory=device.type == "cuda",
                         timeout=600 if workers else 0)
-    bar, saved = tqdm(total=end - first, initial=row - first, unit="image", disable=rank > 0,
-                      desc=f"      {Path(folder).name}"), time.monotonic()
+    bar = tqdm(total=end - first, initial=row - first, unit="image", disable=rank > 0,
+               desc=f"      {Path(folder).name}")
+    saved = time.monotonic()
     with bar, ExitStack() as stack:
         for path in paths:
             path.touch()
@@ -259,8 +268,10 @@ def finish(folder, layers, rows: int, width: int) -> None:
     """After all ranks: layer_NN.part -> layer_NN.npy, without the rows of unreadable images, which
     left_out.json lists with the reasons. Raises ImageError where no image could be read, or others
     than when earlier layers were recorded."""
-    bad, about = {}, {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
-    notes, left_out = sorted(Path(folder).glob("progress_*.json")), Path(folder, "left_out.json")
+    bad = {}
+    about = {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
+    notes = sorted(Path(folder).glob("progress_*.json"))
+    left_out = Path(folder, "left_out.json")
     for path in notes:
         bad |= json.loads(path.read_text())["bad"]
     if len(bad) == rows:
@@ -361,5 +372,6 @@ def relevancy_maps(model: nn.Module, images: torch.Tensor, layer: int, score) ->
     stride = next((module.stride for module in modules if isinstance(module, nn.Conv2d)), None)
     if stride is None:
         raise BackboneError("no relevancy map: patch_embed of this backbone has no convolution")
-    h, w = images.shape[2] // stride[0], images.shape[3] // stride[1]
+    h = images.shape[2] // stride[0]
+    w = images.shape[3] // stride[1]
     return R[:, 0, N - h * w :].unflatten(1, (h, w))  # patches come last, after any registers

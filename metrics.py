@@ -71,7 +71,9 @@ def profile_latents(encode, batches: Iterable[torch.Tensor], labels, classes: in
     """
     given = as_labels(labels, len(labels))
     halves = every_other(given)
-    cells, N, counts = classes * halves + given, 0, None  # a half and a class
+    cells = classes * halves + given  # a half and a class
+    N = 0
+    counts = None
     top_values = top_images = None
     for x in batches:
         z = encode(x)  # (B, m)
@@ -94,7 +96,8 @@ def profile_latents(encode, batches: Iterable[torch.Tensor], labels, classes: in
     counts = counts.reshape(2, classes, -1).mT.contiguous()
     images = torch.bincount(cells, minlength=2 * classes).reshape(2, classes)
     top = top_images.T.contiguous()
-    given, halves = given.to(top.device), halves.to(top.device)
+    given = given.to(top.device)
+    halves = halves.to(top.device)
     return Profile(top, given[top], halves[top], fires, counts, images.float().to(top.device))
 
 
@@ -106,7 +109,8 @@ def sparse_units(directions: torch.Tensor, tokens: torch.Tensor, mean: torch.Ten
                  fires: torch.Tensor) -> Callable:
     """Units that were not trained: directions (m, n), each with the threshold at which it fires on
     `fires` (m,) of the `tokens` (N, n). Returns their encoder, (B, n) -> (B, m)."""
-    thresholds, centred = [], (tokens.float() - mean).T
+    thresholds = []
+    centred = (tokens.float() - mean).T
     for rows in torch.arange(len(directions)).split(512):  # bounds the memory
         values = sort_rows(directions[rows] @ centred)  # (512, N), rising
         place = len(tokens) - 1 - fires[rows].to(values.device)  # the largest that stays silent
@@ -230,7 +234,8 @@ class Responses(NamedTuple):
 @torch.inference_mode()
 def responses_of(profile: Profile, k=16, response_rate=0.5) -> Responses:
     """A latent responds to the classes on whose images it fires at least at `response_rate`."""
-    top, empty = profile.top_classes[:, :k], torch.zeros_like(profile.counts[0])
+    top = profile.top_classes[:, :k]
+    empty = torch.zeros_like(profile.counts[0])
     rank = torch.arange(profile.top_images.shape[1], device=top.device)
     in_A = (profile.top_halves == 0) & (rank < profile.fires[:, None])
     in_A &= in_A.cumsum(1) <= k
@@ -260,11 +265,13 @@ def over_pairs(top: torch.Tensor, value: np.ndarray, same=None) -> tuple[np.ndar
     """((m,), (m,)) mean of value (C, C) over pairs of the top images, classes (m, k): over all, two
     of one class giving `same` where it is given; over pairs of two classes, NaN where none is."""
     first, second = torch.triu_indices(top.shape[1], top.shape[1], 1, device=top.device)
-    a, b = top[:, first], top[:, second]  # (m, pairs)
+    a = top[:, first]
+    b = top[:, second]  # (m, pairs)
     different = (a != b).float()
     values = torch.from_numpy(value).to(top.device, torch.float32)[a, b]
     between = (values * different).sum(1)
-    count, total = different.sum(1), values.sum(1) if same is None else between
+    count = different.sum(1)
+    total = values.sum(1) if same is None else between
     if same:
         total = total + same * (len(first) - count)
     return (total / len(first)).cpu().numpy(), (between / count).cpu().numpy()
@@ -300,7 +307,8 @@ def score_hierarchy(responses: Responses, tree: Taxonomy) -> Scores:
     A latent *shows* a hypernym if more than half of its top images are under it. For each hypernym
     the latent is chosen on half A, where it shows it and matches it best, and judged on half B.
     """
-    nodes, device = hypernyms_to_find(tree), responses.top.device
+    nodes = hypernyms_to_find(tree)
+    device = responses.top.device
     lch = lowest_common(responses.shown, tree)
     pairwise, between = over_pairs(responses.top, tree.height[tree.pair_lch], same=0)
     of_lch = leaves_of(tree, lch, device)  # (m, C)
@@ -312,7 +320,8 @@ def score_hierarchy(responses: Responses, tree: Taxonomy) -> Scores:
     match_B = matches_on_B(responses, latent, leaves) * (match_A > 0)
     matched = (match_A > MATCHED) & (match_B > MATCHED)
     latent = torch.where(match_A > 0, latent, -1)
-    alive, is_lch = responses.alive, np.unique(tree.lowest[lch[responses.alive]])
+    alive = responses.alive
+    is_lch = np.unique(tree.lowest[lch[responses.alive]])
     return Scores(
         alive, lch[alive], tree.height[lch[alive]], pairwise[alive], between[alive],
         coverage.cpu().numpy()[alive], torch.maximum(several, single).cpu().numpy()[alive],
@@ -357,8 +366,10 @@ def relate(encode, read, profile: Profile, scores: Scores, tree: Taxonomy, k=16)
     leaves = tree.leaves[scores.hypernyms[matched]].astype(int)
     common = leaves @ leaves.T  # (M, M) classes of both
     above = (common == leaves.sum(1)) & (common < leaves.sum(1)[:, None])  # u above v
-    share, expected = share.numpy(), expected.numpy()
-    related, unrelated = above & np.isfinite(share), (common == 0) & np.isfinite(share)
+    share = share.numpy()
+    expected = expected.numpy()
+    related = above & np.isfinite(share)
+    unrelated = (common == 0) & np.isfinite(share)
     mean = mean_of(share[related])
     return Relations(int(related.sum()), mean, mean_of(expected[related]), int(unrelated.sum()),
                      mean_of(share[unrelated]), 1 - mean)
@@ -401,17 +412,22 @@ def reconstruct(sae, batches: Iterable[torch.Tensor], labels, classes: int, prob
     (B, n) -> logits (B, C), as `linear_probe` returns it."""
     labels = as_labels(labels, len(labels))
     sums = torch.zeros(classes, 3, dtype=torch.float64)
-    N, right, total, alive = 0, 0, 0, 0
+    N = 0
+    right = 0
+    total = 0
+    alive = 0
     for x in batches:
         x_hat, z = sae(x)
         here = labels[N : N + len(x)]
         guess = probe(x_hat.float()).argmax(1).cpu()
         right += int((guess == here).sum())
-        x, alive = x.double(), alive + (z > 0).sum(0)
+        x = x.double()
+        alive = alive + (z > 0).sum(0)
         error = (x - x_hat).square().sum(1)
         row = torch.stack([error, x.square().sum(1), (z > 0).sum(1).double()], dim=1)
         sums.index_add_(0, here, row.cpu())
-        total, N = total + x.sum(0), N + len(x)
+        total = total + x.sum(0)
+        N = N + len(x)
     error, squares, active = sums.sum(0)
     variance = squares - (total.square().sum() / N).cpu()
     values = error / squares, error / variance, active / N, (alive == 0).double().mean(), right / N
@@ -427,10 +443,12 @@ def linear_probe(train, labels, classes: int, mean: torch.Tensor, variance: torc
     (which are to be in random order), 10 epochs but at least so many steps, learning rate 2e-3
     decaying to zero.
     """
-    labels, device = as_labels(labels, len(train)).to(mean.device), mean.device
+    labels = as_labels(labels, len(train)).to(mean.device)
+    device = mean.device
     deviation = variance.sqrt()
     deviation[deviation <= 1e-6 * deviation.max()] = torch.inf  # a constant tells nothing
-    mean, deviation = mean.float(), deviation.float()
+    mean = mean.float()
+    deviation = deviation.float()
     classifier = nn.Linear(len(mean), classes, device=device)
     nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
@@ -453,7 +471,8 @@ def linear_probe(train, labels, classes: int, mean: torch.Tensor, variance: torc
 @torch.inference_mode()
 def correct_by_class(probe, batches: Iterable[torch.Tensor], labels, classes: int) -> torch.Tensor:
     """(C,) how many of a class's images the probe gets right."""
-    labels, right = as_labels(labels, len(labels)), []
+    labels = as_labels(labels, len(labels))
+    right = []
     for x in batches:
         right.append(probe(x).argmax(1).cpu())
     right = torch.cat(right) == labels

@@ -252,12 +252,14 @@ def permuted_trees(tree):
 def score_layer(layer, seed, sae, train, val, labels, statistics, tree, controls, probe, k,
                 response_rate):
     """Stage 3: the latents of a layer -> its rows of all tables. probe: of `linear_probe`."""
-    C, about = len(tree.classes), {"layer": layer, "seed": seed}
+    C = len(tree.classes)
+    about = {"layer": layer, "seed": seed}
     made = {"hierarchy": [], "permuted_sd": [], "relations": [], "probes": [], "iou_draws": {}}
     mean = statistics.mean.float().to(train.device)
     sample = train.rows_at(slice(SAMPLE))  # rows are in random order
     for dictionary in dictionaries_of(sae, sample, mean, (sae.about or {}).get("seed", seed)):
-        name, encode = dictionary.name, dictionary.encode
+        name = dictionary.name
+        encode = dictionary.encode
         profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)
         responses = responses_of(profile, k, response_rate)
         scores = score_hierarchy(responses, tree)
@@ -293,7 +295,8 @@ def score_layer(layer, seed, sae, train, val, labels, statistics, tree, controls
 
 def score_layers(settings, inputs, tokens, labels, folders):
     """Stage 3: {(layer, seed): rows of all tables}, read where they are there."""
-    controls, layers = permuted_trees(inputs.tree), inputs.layers[RANK::RANKS]
+    controls = permuted_trees(inputs.tree)
+    layers = inputs.layers[RANK::RANKS]
     paths = folders.scores
     for layer in tqdm(layers, "      layers", unit="layer", disable=RANK > 0):
         pending = [key for key in paths if key[0] == layer and not paths[key].exists()]
@@ -321,7 +324,8 @@ def score_layers(settings, inputs, tokens, labels, folders):
 def tables_of(scores, tree):
     """Stage 4: the scores by layer and seed -> the tables of a run."""
     layers, seeds = (sorted(set(numbers)) for numbers in zip(*scores))
-    hypernyms, agreements = {}, []
+    hypernyms = {}
+    agreements = []
     for seed in seeds:
         best = {layer: scores[layer, seed]["hypernyms"] for layer in layers}
         hypernyms[seed] = hypernym_rows(best, tree)
@@ -354,7 +358,9 @@ class Folders(NamedTuple):
 def folders_of(settings, inputs, trainings, out, about):
     code = [code_of(HERE / file) for file in SCORING]
     code.append(code_of(HERE / "reproduce.py", "score_layer", "score_layers"))
-    saes, sae, scores = {}, {}, {}
+    saes = {}
+    sae = {}
+    scores = {}
     for training in trainings:
         made = short_hash(about, training, code_of(HERE / "sae.py"),
                           code_of(HERE / "reproduce.py", "train_saes"))
@@ -368,9 +374,11 @@ def folders_of(settings, inputs, trainings, out, about):
     shape = tree.leaves.tobytes(), tree.height.tolist(), tree.depth.tolist(), tree.wnids
     for layer, (seed, folder) in itertools.product(inputs.layers, saes.items()):
         sae[layer, seed] = folder / f"layer_{layer:02d}"
-        name, content = folder.name, None
+        name = folder.name
+        content = None
         if settings.saes:
-            name, content = results, (sae[layer, seed] / "model.safetensors").read_bytes()
+            name = results
+            content = (sae[layer, seed] / "model.safetensors").read_bytes()
         made = short_hash(about, name, content, shape, settings.top_k, settings.response_rate, code)
         scores[layer, seed] = out / "scores" / f"{name}-{made}" / f"layer_{layer:02d}.json"
     if settings.layers != "all":
@@ -381,7 +389,9 @@ def folders_of(settings, inputs, trainings, out, about):
 
 def say_what_is_written(inputs, training, folders, out):
     """Bytes to write and bytes free, and what lies there from other settings or code."""
-    width, count, layers = inputs.model.cls_token.shape[-1], 0, set()
+    width = inputs.model.cls_token.shape[-1]
+    count = 0
+    layers = set()
     for split, images in (("train", inputs.train), ("val", inputs.val)):
         for layer in inputs.layers:
             path = token_path(out / "tokens" / split, layer)
@@ -403,7 +413,8 @@ def say_what_is_written(inputs, training, folders, out):
 def run(settings):
     if RANK > 0:
         barrier()  # the first process fetches what has to be fetched
-    times, out = [time.time()], where_to(settings)
+    times = [time.time()]
+    out = where_to(settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else "no GPU is used"
     if settings.device == "cpu" and not torch.backends.cuda.is_built():
         card += ": this PyTorch is a build without CUDA"
@@ -411,7 +422,8 @@ def run(settings):
     if settings.push_to_hub:
         hub.check_token(settings.push_to_hub)
     with lock(out):
-        inputs, tokens = find_inputs(settings, out), out / "tokens"
+        inputs = find_inputs(settings, out)
+        tokens = out / "tokens"
         trainings = trainings_of(settings, len(inputs.train.names))
         about = check_tokens(settings, inputs, tokens)
         folders = folders_of(settings, inputs, trainings, out, about)
@@ -443,7 +455,8 @@ def run(settings):
 
 def write_results(settings, inputs, folders, scores, record, labels):
     """Stage 4: tables, claims, figures and the report; the first seed's latents are shown."""
-    first, saes = settings.seed, folders.saes[settings.seed]
+    first = settings.seed
+    saes = folders.saes[settings.seed]
     inputs.model.to(settings.device)  # for the maps
     with write_aside(folders.results) as part:
         shown = report.write(

@@ -46,13 +46,15 @@ class ActivationBuffer:
     """
 
     def __init__(self, path, device: str = "cpu"):
-        self.tokens, self.device = np.load(path, mmap_mode="r"), device
+        self.tokens = np.load(path, mmap_mode="r")
+        self.device = device
         self.rows, self.width = self.tokens.shape
         self.pool_rows = max(1, POOL_BYTES // (self.tokens.itemsize * self.width))
         self.kept = None  # the pool, where it is all rows
 
     def _read(self, start: int, count: int) -> torch.Tensor:
-        file, count = self.tokens, min(count, self.rows - start)
+        file = self.tokens
+        count = min(count, self.rows - start)
         if file.flags.c_contiguous:  # mapped pages would count towards this process's memory
             offset = file.offset + start * self.width * file.itemsize
             piece = np.fromfile(file.filename, file.dtype, count * self.width, offset=offset)
@@ -89,8 +91,10 @@ class ActivationBuffer:
         total = squares = torch.zeros(self.width, dtype=torch.float64)
         for batch in self.batches(8192):
             batch = batch.double()
-            total, squares = total + batch.sum(0).cpu(), squares + batch.square().sum(0).cpu()
-        mean, squares = total / self.rows, squares / self.rows
+            total = total + batch.sum(0).cpu()
+            squares = squares + batch.square().sum(0).cpu()
+        mean = total / self.rows
+        squares = squares / self.rows
         variance = (squares - mean.square()).clamp(min=0)
         return Statistics(mean, variance, *(float(x.sum().sqrt()) for x in (squares, variance)))
 
@@ -104,7 +108,8 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
 
     def __init__(self, width: int, latents: int, about: dict | None = None, top_k=None):
         super().__init__()
-        self.about, self.top_k = about, top_k
+        self.about = about
+        self.top_k = top_k
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(latents, width)))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(latents))
@@ -197,7 +202,8 @@ def new_sae(statistics: Statistics, settings: Training, about=None) -> SparseAut
         raise SAEError("the class tokens are not finite")
     if statistics.rms_deviation <= 1e-6 * statistics.rms_norm:
         raise SAEError("all class tokens are the same, there is nothing to encode")
-    n, kind = len(statistics.mean), settings.activation
+    n = len(statistics.mean)
+    kind = settings.activation
     top_k = None if kind == "relu" else int(kind[5:] if re.fullmatch(r"topk-\d+", kind) else 0)
     if top_k is not None and not 0 < top_k <= settings.expansion * n:
         raise SAEError(f"activation {kind!r}: give relu, or topk-K with K from 1 to the number of "
@@ -224,7 +230,9 @@ def train_sae(buffer: ActivationBuffer, settings: Training, statistics: Statisti
     sae = new_sae(statistics or buffer.statistics(), settings, about).to(buffer.device)
     optimizer = torch.optim.Adam(sae.parameters(), fused=True)
     generator = torch.Generator().manual_seed(settings.seed)
-    B, step, low = settings.batch_size, 0, settings.precision == "bfloat16"
+    B = settings.batch_size
+    step = 0
+    low = settings.precision == "bfloat16"
     pools = range(0, buffer.rows, buffer.pool_rows)
     epoch_steps = sum(min(buffer.pool_rows, buffer.rows - start) // B for start in pools)
     if epoch_steps == 0:

@@ -63,7 +63,8 @@ class Taxonomy:
 
         Raises TaxonomyError for a wnid that is none or unknown, and where WordNet cannot be had.
         """
-        graph, wnids = read_graph(SHIPPED) if SHIPPED.exists() else {}, list(wnids)
+        graph = read_graph(SHIPPED) if SHIPPED.exists() else {}
+        wnids = list(wnids)
         for wnid in wnids:
             if not re.fullmatch(r"n\d{8}", wnid):
                 raise TaxonomyError(f"{wnid!r} is not a wnid: 'n' and eight digits, n02085620")
@@ -75,12 +76,14 @@ class Taxonomy:
     def from_graph(cls, graph: dict[str, Synset], wnids) -> "Taxonomy":
         """The part of `graph` (wnid -> Synset) at or above classes. Raises TaxonomyError for two
         roots, and for a class given twice."""
-        above, stack = set(), list(wnids)
+        above = set()
+        stack = list(wnids)
         while stack:
             if (wnid := stack.pop()) not in above:
                 above.add(wnid)
                 stack += graph[wnid].hypernyms
-        nodes, classes = sorted(above), list(wnids)
+        nodes = sorted(above)
+        classes = list(wnids)
         if len(set(classes)) < len(classes):
             twice = next(wnid for wnid in classes if classes.count(wnid) > 1)
             raise TaxonomyError(f"class {twice} is given twice")
@@ -97,7 +100,8 @@ class Taxonomy:
         class_nodes = np.array([index[wnid] for wnid in classes])
         leaves = np.zeros((len(nodes), len(classes)), bool)
         leaves[class_nodes, np.arange(len(classes))] = True
-        height, shortest = np.zeros(len(nodes), int), np.full(len(nodes), len(nodes))
+        height = np.zeros(len(nodes), int)
+        shortest = np.full(len(nodes), len(nodes))
         shortest[class_nodes] = 0
         for v in np.argsort(-depth, kind="stable"):  # deepest first: all below v is done
             for wnid in graph[nodes[v]].hypernyms:
@@ -106,7 +110,8 @@ class Taxonomy:
                 height[parent] = max(height[parent], height[v] + 1)
                 shortest[parent] = min(shortest[parent], shortest[v] + 1)
 
-        first_of_set, lowest = {}, np.empty(len(nodes), int)
+        first_of_set = {}
+        lowest = np.empty(len(nodes), int)
         for v in np.lexsort((np.arange(len(nodes)), height, -depth)).tolist():
             lowest[v] = first_of_set.setdefault(leaves[v].tobytes(), v)
         names = [graph[wnid].name for wnid in nodes]
@@ -175,7 +180,8 @@ def imagenet1k() -> list[str]:
 def wordnet_graph(wnids) -> dict[str, Synset]:
     """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError where it lacks one."""
     wordnet = _wordnet()
-    wnids, graph = sorted(set(wnids)), {}
+    wnids = sorted(set(wnids))
+    graph = {}
     stack = []
     for wnid in wnids:
         try:

@@ -61,7 +61,8 @@ def draw(path, rows):
 
 
 def main(arguments):
-    rows, out = [], where_to(reproduce.parse_settings(arguments))
+    rows = []
+    out = where_to(reproduce.parse_settings(arguments))
     for name, options in SAES.items():
         if code := reproduce.main([*arguments, *options]):
             return code

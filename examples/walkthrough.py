@@ -109,7 +109,7 @@ print(f"Latent {latent} matches {names[number]} by {match:.2f}")
 # ## 4. Is it the hierarchy?
 # Two of a latent's top images, of different classes, meet at a node of WordNet, their *lowest
 # common hypernym*. Its *height* is the number of edges down to the classes: low means that kin
-# classes share latents. The control is the same tree, its classes randomly reassigned to its leaves:
+# classes share latents. The control is the same tree, its classes reassigned to its leaves:
 # the images, the classes and the latents stay, and only which classes are kin is left to
 # chance.
 

@@ -22,7 +22,9 @@ SCORES = {  # columns of hierarchy.csv: name, and the sign that makes more hiera
     "hypernyms_matched": ("hypernyms matched", 1),
 }
 MAIN = "lch_height_between"
-FEWEST_LAYERS, FEWEST_SEEDS, FEWEST_CLASSES = 4, 3, 10  # below, nothing can be judged
+FEWEST_LAYERS = 4  # below these, nothing can be judged
+FEWEST_SEEDS = 3
+FEWEST_CLASSES = 10
 T_QUANTILES = {  # 0.975 quantiles of Student's t, by the number of seeds
     2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 BY_CLASS = {  # columns of layers.csv as a ratio of two sums over classes
@@ -51,14 +53,16 @@ def p_values(record, column):
     sign = SCORES[column][1]
     value = sign * hierarchy_value(record, column)
     draws = sign * np.array(record["permuted_draws"][column], float)
-    as_good, as_bad = ~(draws < value), ~(draws > value)  # where a score is NaN, both
+    as_good = ~(draws < value)
+    as_bad = ~(draws > value)  # where a score is NaN, both
     return tuple(float(1 + count.sum()) / (1 + len(draws)) for count in (as_good, as_bad))
 
 
 def t_interval(values):
     """The 95% interval of a mean over seeds; above ten seeds a little too wide."""
     t = T_QUANTILES[min(len(values), 10)]
-    mean, half = np.mean(values), t * np.std(values, ddof=1) / math.sqrt(len(values))
+    mean = np.mean(values)
+    half = t * np.std(values, ddof=1) / math.sqrt(len(values))
     return float(mean - half), float(mean + half)
 
 
@@ -77,11 +81,13 @@ def curveball(matched, draws, seed=0):
     """Yields random matrices with the row and column sums of matched (L, H), bool (Strona et al.
     2014). A trade reassigns what only one of two rows holds; between two draws there are 5 L²
     trades, at most 1,000."""
-    rows, rng = [set(np.flatnonzero(row).tolist()) for row in matched], random.Random(seed)
+    rows = [set(np.flatnonzero(row).tolist()) for row in matched]
+    rng = random.Random(seed)
     for _ in range(draws):
         for _ in range(min(5 * len(rows) ** 2, 1000)):
             a, b = rng.sample(range(len(rows)), 2)
-            common, pool = rows[a] & rows[b], list(rows[a] ^ rows[b])
+            common = rows[a] & rows[b]
+            pool = list(rows[a] ^ rows[b])
             rng.shuffle(pool)
             only_a = len(rows[a]) - len(common)
             rows[a], rows[b] = common | set(pool[:only_a]), common | set(pool[only_a:])
@@ -95,7 +101,8 @@ def nearness(matched):
     """Mean kappa of neighbouring layers less that of all other pairs of layers."""
     agreement = kappa(matched)
     a, b = np.triu_indices(len(agreement), 1)
-    pairs, near = agreement[a, b], b - a == 1
+    pairs = agreement[a, b]
+    near = b - a == 1
     return float(pairs[near].mean() - pairs[~near].mean())
 
 
@@ -103,7 +110,8 @@ def rank_correlation(x, y):
     """Spearman's rho; NaN where x or y is constant."""
     ranks = []
     for values in (np.asarray(x, float), np.asarray(y, float)):
-        below, level = values[:, None] > values, values[:, None] == values
+        below = values[:, None] > values
+        level = values[:, None] == values
         ranks.append(below.sum(1) + level.sum(1) / 2)  # ties get their mean
     if len(ranks[0]) < 2 or not all(np.ptp(rank) for rank in ranks):
         return float("nan")
@@ -125,7 +133,10 @@ def row_of(claim, statistic, values, verdict="no test", about_hierarchy=True, **
 
 def is_there(claim, layer, column):
     """Is a score better than under permuted trees? layer: its records, one for each seed."""
-    values, permuted, p, opposite = [], [], [], []
+    values = []
+    permuted = []
+    p = []
+    opposite = []
     for record in layer:
         values.append(hierarchy_value(record, column))
         permuted.append(hierarchy_value(record, column, tree="permuted"))
@@ -155,7 +166,9 @@ def over_the_classes(claim, statistic, values, draws):
 
 def hierarchy_claims(layers):
     """layers: of every layer the records, one for each seed."""
-    rows, first, last = [], layers[0], layers[-1]
+    rows = []
+    first = layers[0]
+    last = layers[-1]
     for column, (name, _) in SCORES.items():
         by = "" if column == MAIN else f", by {name}"
         rows.append(is_there(f"the hierarchy is there{by}", last, column))
@@ -177,7 +190,8 @@ def layer_claims(layers, draws):
     """What the paper says of layers, whatever the hierarchy; draws (C, D) of the classes."""
     rows = []
     for column, (claim, above, below) in BY_CLASS.items():
-        values, drawn = [], []
+        values = []
+        drawn = []
         for layer in layers:
             values.append([record["layers"][column] for record in layer])
             sums = [record["by_class"] for record in layer]
@@ -194,14 +208,16 @@ def probe_claims(last):
     """Does one latent tell a hypernym better than one unit of the baselines?"""
     rows = []
     for other, name in (("untrained", "an untrained one"), ("neurons", "a neuron")):
-        values, draws = [], []
+        values = []
+        draws = []
         for record in last:
             iou = {}
             for row in record["probes"]:
                 if row["units"] == 1 and row["tree"] == "wordnet":
                     iou[row["dictionary"]] = row["iou"]
             values.append(iou["sae"] - iou[other])
-            of_sae, of_other = record["iou_draws"]["sae"], record["iou_draws"][other]
+            of_sae = record["iou_draws"]["sae"]
+            of_other = record["iou_draws"][other]
             draws.append(np.array(of_sae, float) - np.array(of_other, float))
         rows.append(over_the_classes(f"a latent tells a hypernym better than {name}",
                                      "probe IoU with one unit, difference, last layer", values,
@@ -211,8 +227,11 @@ def probe_claims(last):
 
 def consistency_claim(matched):
     """matched: for each seed (L, H) bool. Layers that match nothing, or all, are left out."""
-    claim, statistic = "near layers agree more", "kappa, neighbouring layers less all others"
-    values, p, opposite = [], [], []
+    claim = "near layers agree more"
+    statistic = "kappa, neighbouring layers less all others"
+    values = []
+    p = []
+    opposite = []
     for sets in matched:
         sets = sets[sets.any(1) & ~sets.all(1)]
         if len(sets) < FEWEST_LAYERS:
@@ -227,7 +246,9 @@ def consistency_claim(matched):
 
 def described(last, hypernyms):
     """What no test can judge: hypernyms are nested, and what is matched fires by definition."""
-    correlations, shares, expected = [], [], []
+    correlations = []
+    shares = []
+    expected = []
     for rows in hypernyms:
         emerged = [row for row in rows if row["emergence_layer"] is not None]
         correlations.append(rank_correlation([row["height"] for row in emerged],
@@ -247,7 +268,8 @@ def described(last, hypernyms):
 def claims_of(records, hypernyms, tree):
     """Rows of claims.csv. records: by (layer, seed), as stage 3 makes them; hypernyms: the rows of
     hypernyms.csv by seed."""
-    layers, matched = [], []
+    layers = []
+    matched = []
     for layer in sorted({layer for layer, _ in records}):
         layers.append([records[layer, seed] for seed in hypernyms])
     for of_seed in zip(*layers):

@@ -72,12 +72,14 @@ def find_images(data, images_per_class=None):
                              f"{val_root}; both need the same classes")
     else:
         print(f"      no val/ beside {train_root}: a fixed 10% of each class is held out")
-        val_root, val = train_root, {}
+        val_root = train_root
+        val = {}
         for wnid, names in train.items():
             if len(names) < 2:
                 raise InputError(f"--data {data}: class {wnid} has one image; two are needed where "
                                  "there is no val/, as one is held out")
-            order, held_out = rng.permutation(len(names)), max(1, round(len(names) / 10))
+            order = rng.permutation(len(names))
+            held_out = max(1, round(len(names) / 10))
             val[wnid] = [names[i] for i in sorted(order[:held_out])]
             train[wnid] = [names[i] for i in sorted(order[held_out:])]
     if images_per_class:
@@ -89,7 +91,8 @@ def find_images(data, images_per_class=None):
         labels = np.repeat(np.arange(len(classes)), list(map(len, classes.values())))
         splits.append(Split(folder, sum(classes.values(), []), labels))
     order = rng.permutation(len(splits[0].names))
-    names, labels = splits[0].names, splits[0].labels[order]
+    names = splits[0].names
+    labels = splits[0].labels[order]
     return Split(train_root, [names[i] for i in order], labels), splits[1], list(train)
 
 
@@ -99,7 +102,8 @@ def images_by_class(folder):
     def fail(error):  # os.walk would pass over a folder that cannot be read
         raise error
 
-    classes, aside = {}, []
+    classes = {}
+    aside = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not re.fullmatch(r"n\d{8}", entry.name) or not entry.is_dir():
             aside += [entry.name] if entry.is_dir() else []
@@ -131,7 +135,8 @@ def flat_images(val):
     if given is None:
         raise InputError(f"{val} holds {len(names)} images in no class folders, and there is no "
                          f"{' or '.join(LISTS)} in or above it that gives their classes; {SORTED}")
-    labels, classes = {}, {}
+    labels = {}
+    classes = {}
     lines = given.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for line in lines[given.suffix == ".csv" :]:
         row = re.match(r"([^,\t]+)[,\t](n\d{8})\b", line)
@@ -177,7 +182,8 @@ class Decoded(torch.utils.data.Dataset):
     """Image i -> tensor (3, H, W), or the exception: an ImageError, or the system's."""
 
     def __init__(self, split, transform):
-        self.split, self.transform = split, transform
+        self.split = split
+        self.transform = transform
 
     def __len__(self):
         return len(self.split.names)
@@ -207,7 +213,8 @@ def workers_for(pixels):
 def fetch_tiny_imagenet(data=Path("data")):
     """The folder of Tiny ImageNet (110,000 photographs of 200 classes, 64 x 64) in `data`, fetched
     unless it is there. Raises InputError without network, or for another file than expected."""
-    folder, part = data / "tiny-imagenet-200", data / "tiny-imagenet-200.part"
+    folder = data / "tiny-imagenet-200"
+    part = data / "tiny-imagenet-200.part"
     if folder.is_dir():
         return folder
     check_disk(data, 1_050_000_000, "Tiny ImageNet")

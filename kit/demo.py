@@ -35,7 +35,8 @@ SHAPES = "disc", "square", "diamond", "cross"
 TRAITS = {}  # wnid of a hypernym: its trait in words, once a demo is open
 SIZE = 32  # pixels a side
 IMAGES = {"train": 150, "val": 50}  # of each class
-STEPS, BATCH = 500, 64  # of the ViT's training, on images drawn anew for each step
+STEPS = 500  # of the ViT's training, on images drawn anew for each
+BATCH = 64
 HIDDEN = 0.05  # how often a texture, rim or mark is not drawn: then only the hypernym can be told
 
 
@@ -72,7 +73,8 @@ def draw(traits, generator):
     One object at a random place and size on a ground of random hue, under pixel noise. Its hue is
     told from the ground's, its rim's and mark's from its own: no single patch gives a class away.
     """
-    B, S = len(traits), SIZE
+    B = len(traits)
+    S = SIZE
     may_hide = torch.tensor([False, False, True, True, True])
     hidden = (torch.rand(traits.shape, generator=generator) < HIDDEN) & may_hide
     hue, shape, texture, rim, mark = torch.where(hidden, -1, traits).T[:, :, None, None]
@@ -84,11 +86,13 @@ def draw(traits, generator):
         phase = torch.tensor([0, 1 / 3, 2 / 3])[:, None, None]
         return 0.5 + 0.5 * torch.cos(2 * math.pi * (hue[:, None] - phase))
 
-    radius, along = uniform(8, 10.5), torch.arange(S) + 0.5
+    radius = uniform(8, 10.5)
+    along = torch.arange(S) + 0.5
     left, top = (radius + uniform(0, 1) * (S - 2 * radius) for _ in range(2))
     x = ((along[None, None, :] - left) / radius).expand(B, S, S)
     y = ((along[None, :, None] - top) / radius).expand(B, S, S)
-    ax, ay = x.abs(), y.abs()
+    ax = x.abs()
+    ay = y.abs()
     shapes = torch.stack([  # distance from the centre, 1 at the edge, of each shape
         (x * x + y * y).sqrt(),  # disc
         torch.maximum(ax, ay) * 1.15,  # square
@@ -97,9 +101,11 @@ def draw(traits, generator):
     ])
     distance = shapes[shape.flatten(), torch.arange(B)]  # (B, S, S)
     inside = distance < 1
-    on_rim, on_mark = (distance >= 0.75) & inside & (rim >= 0), (x * x + y * y < 0.1) & (mark >= 0)
+    on_rim = (distance >= 0.75) & inside & (rim >= 0)
+    on_mark = (x * x + y * y < 0.1) & (mark >= 0)
 
-    angle, cycles = (texture % 4) * math.pi / 4, torch.where(texture < 4, 1.0, 2.0)
+    angle = (texture % 4) * math.pi / 4
+    cycles = torch.where(texture < 4, 1.0, 2.0)
     across = x * angle.cos() + y * angle.sin()
     stripes = torch.sin(2 * math.pi * cycles * across + uniform(0, 2 * math.pi))
     shade = 0.65 + 0.35 * torch.where(texture >= 0, stripes, 0)
@@ -116,7 +122,8 @@ def draw(traits, generator):
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.heads = heads
 
     def forward(self, x):  # (B, 1+P, n)
@@ -128,9 +135,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads)
-        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.norm2, self.mlp = nn.LayerNorm(width), nn.Sequential(wide, nn.GELU(), narrow)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        wide = nn.Linear(width, 4 * width)
+        narrow = nn.Linear(4 * width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(wide, nn.GELU(), narrow)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -160,7 +170,8 @@ class SmallViT(nn.Module):
 
 def train_vit(traits, normalise):
     torch.manual_seed(0)
-    generator, vit = torch.Generator().manual_seed(2), SmallViT()
+    generator = torch.Generator().manual_seed(2)
+    vit = SmallViT()
     optimizer = torch.optim.AdamW(vit.parameters(), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, STEPS, pct_start=0.15)
     for _ in (bar := tqdm(range(STEPS), "      the demo's ViT", unit="step")):

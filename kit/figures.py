@@ -47,7 +47,8 @@ def draw_hierarchy(path, tables, layers):
     """The main figure: LCH height between classes by layer. The band of permuted trees is two
     standard deviations wide to either side."""
     figure = Figure((8, 5), layout="constrained")
-    axis, column = figure.subplots(), "lch_height_between"
+    axis = figure.subplots()
+    column = "lch_height_between"
     for name in ("sae", "untrained", "neurons"):
         line(axis, tables["hierarchy"], column, layers, STYLES[name], dictionary=name,
              tree="wordnet")
@@ -87,7 +88,8 @@ def draw_probes(path, probes, layers):
 
 def draw_layers(path, tables, layers):
     """Probe accuracy, reconstruction error and active latents by layer, and the three together."""
-    figure, blue = Figure((9, 6.4), layout="constrained"), STYLES["sae"] | {"label": "SAE"}
+    figure = Figure((9, 6.4), layout="constrained")
+    blue = STYLES["sae"] | {"label": "SAE"}
     ((probe, error), (active, together)), rows = figure.subplots(2, 2), tables["layers"]
     accuracy = line(probe, rows, "probe_top1", layers, blue)
     nmse = line(error, rows, "nmse", layers, STYLES["untrained"] | {"label": "NMSE"})
@@ -106,12 +108,15 @@ def draw_layers(path, tables, layers):
 
 def draw_consistency(path, rows, layers):
     """Heat map of the kappa of what every two layers match; grey where undefined."""
-    kappa, place = np.eye(len(layers)), {layer: i for i, layer in enumerate(layers)}
+    kappa = np.eye(len(layers))
+    place = {layer: i for i, layer in enumerate(layers)}
     for row in rows:
-        a, b = place[row["layer_a"]], place[row["layer_b"]]
+        a = place[row["layer_a"]]
+        b = place[row["layer_b"]]
         kappa[a, b] = kappa[b, a] = row["kappa"]
     figure = Figure((6, 5), layout="constrained")
-    axis, ticks = figure.subplots(), range(0, len(layers), -(-len(layers) // 12))
+    axis = figure.subplots()
+    ticks = range(0, len(layers), -(-len(layers) // 12))
     axis.set_facecolor("0.85")
     image = axis.imshow(kappa, vmin=-0.2, vmax=1, cmap="viridis", origin="lower")
     axis.set(xticks=ticks, yticks=ticks, xticklabels=layers[:: ticks.step],

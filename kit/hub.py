@@ -42,7 +42,8 @@ def check_token(repo):
 
 def publish(repo, saes, results):
     """Upload a run's folder of SAEs, with the card in it, and its tables and figures."""
-    option, api = f"--push-to-hub {repo}", HfApi()
+    option = f"--push-to-hub {repo}"
+    api = HfApi()
     on_the_hub(option, api.create_repo, repo, exist_ok=True)
     for folder, inside, patterns in (
             (saes, None, ["README.md", *(f"layer_*/{file}" for file in SAE_FILES)]),
@@ -54,7 +55,8 @@ def publish(repo, saes, results):
 
 def find_saes(source, layers, width, backbone):
     """The folder of layer_NN of published SAEs, local or fetched; looked at before it is used."""
-    folder, option = Path(source).expanduser(), f"--saes {source}"
+    folder = Path(source).expanduser()
+    option = f"--saes {source}"
     if not folder.is_dir():
         wanted = [f"layer_{layer:02d}/{file}" for layer in layers for file in SAE_FILES]
         folder = Path(on_the_hub(option, snapshot_download, source, allow_patterns=wanted))

@@ -34,11 +34,14 @@ def where_to(settings):
         if settings.backbone or settings.hub:
             raise InputError("--backbone and --hub need images: give --data (the demo has its own "
                              "ViT)")
-        settings.data, settings.backbone, settings.hub = "demo", "demo", "built in"
+        settings.data = "demo"
+        settings.backbone = "demo"
+        settings.hub = "built in"
         return Path(settings.out or "runs/demo")
     if data == "tiny-imagenet" and not Path(data).is_dir():
         data = str(fetch_tiny_imagenet())
-    settings.data, settings.hub = data, settings.hub or HUB
+    settings.data = data
+    settings.hub = settings.hub or HUB
     settings.backbone = settings.backbone or "dinov2_vitg14"
     return Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
 
@@ -50,14 +53,16 @@ def find_inputs(settings, out):
         transform = eval_transform(demo.SIZE, demo.SIZE)
         model, folder = demo.open_demo(out, transform.transforms[-1])
     else:
-        model, folder = None, settings.data
+        model = None
+        folder = settings.data
     train, val, classes = find_images(str(folder), settings.images_per_class)
-    tree, counts = Taxonomy.from_wnids(classes), (len(train.names), len(val.names))
+    tree = Taxonomy.from_wnids(classes)
+    counts = (len(train.names), len(val.names))
     note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
     print(f"      {note}")
     if len(hypernyms_to_find(tree)) == 0:
         raise InputError(f"--data {settings.data}: no hypernym has two of these {len(classes)} "
-                         "classes and at most half of them, so none can be found; give more classes")
+                         "classes and at most half of them, so none can be found; give more")
     if settings.top_k > counts[1]:
         raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
     if (settings.batch_size or 1) > counts[0]:
@@ -81,7 +86,8 @@ def parse_layers(text, depth):
         return list(range(depth)) if text == "all" else [depth - 1]
     layers = set()
     for part in text.split(","):
-        first, last = int(part.partition("-")[0]), int(part.rpartition("-")[2])
+        first = int(part.partition("-")[0])
+        last = int(part.rpartition("-")[2])
         if last < first or last >= depth:
             raise InputError(f"--layers {text}: {part} is empty or out of range, the backbone has "
                              f"layers 0 to {depth - 1}")

@@ -22,7 +22,8 @@ CHUNK = 16  # hypernyms at once: bounds the memory
 @torch.inference_mode()
 def unit_values(encode, batches, rows):
     """The first tokens -> (m, rows) in half precision, a unit's values side by side in memory."""
-    z, start = None, 0
+    z = None
+    start = 0
     for x in batches:
         part = encode(x[: rows - start]).half().T
         if z is None:
@@ -45,7 +46,8 @@ class UnitStatistics(NamedTuple):
 
 def unit_statistics(z, labels, classes):
     sums = torch.zeros(len(z), classes, device=z.device)
-    mean, deviation = torch.zeros_like(sums[:, 0]), torch.zeros_like(sums[:, 0])
+    mean = torch.zeros_like(sums[:, 0])
+    deviation = torch.zeros_like(sums[:, 0])
     for rows in torch.arange(len(z), device=z.device).split(512):
         values = z[rows].float()
         deviation[rows], mean[rows] = torch.std_mean(values, dim=1, correction=0)
@@ -58,7 +60,8 @@ def unit_statistics(z, labels, classes):
 def best_threshold(values, under):
     """The t for which {values (N,) >= t} has the largest IoU with the images under (N,), bool. It
     is the value of one of these; infinite where there is none."""
-    everything, candidates = sort_rows(values[None])[0], sort_rows(values[under][None])[0]
+    everything = sort_rows(values[None])[0]
+    candidates = sort_rows(values[under][None])[0]
     if len(candidates) == 0:
         return values.new_tensor(torch.inf)
     yes = len(values) - torch.searchsorted(everything, candidates)
@@ -82,15 +85,19 @@ class HypernymProbe:
     """
 
     def __init__(self, z, labels, about, tree, counts):
-        self.about, self.rules, N = about, {}, z.shape[1]
+        self.about = about
+        self.rules = {}
+        N = z.shape[1]
         leaves = leaves_of(tree, hypernyms_to_find(tree), z.device)  # (H, C)
-        under, positives = leaves[:, labels] > 0, leaves @ about.images  # (H, N), (H,)
+        under = leaves[:, labels] > 0  # (H, N)
+        positives = leaves @ about.images  # (H,)
         target = leaves @ about.sums.T - positives[:, None] * about.mean
         target = target / about.deviation  # (H, m): the units' products with the indicator
         ranks = (target / positives[:, None].clamp(min=1)).abs()
         several = [count for count in counts if count]
         self.units = ranks.topk(min(max(several), len(z)), dim=1).indices  # (H, K)
-        chosen, rules = target.gather(1, self.units), {count: ([], []) for count in counts}
+        chosen = target.gather(1, self.units)
+        rules = {count: ([], []) for count in counts}
         for rows in self.chunks():
             x = self.standardised(z, rows)  # (h, K, N)
             gram = x @ x.mT + 0.001 * N * torch.eye(x.shape[1], device=z.device)
@@ -114,12 +121,14 @@ class HypernymProbe:
     def standardised(self, z, rows=None):
         """The units of some hypernyms, (h, K, N), or all, (m, N)."""
         units = slice(None) if rows is None else self.units[rows]
-        mean, deviation = self.about.mean[units], self.about.deviation[units]
+        mean = self.about.mean[units]
+        deviation = self.about.deviation[units]
         return z[units].float().sub_(mean[..., None]).div_(deviation[..., None])
 
     def hits(self, z, labels):
         """K -> (H, C) on how many images of a class the rule says yes."""
-        shape, hits = (len(self.units), len(self.about.images)), {}
+        shape = (len(self.units), len(self.about.images))
+        hits = {}
         for count in self.rules:
             hits[count] = torch.zeros(shape, device=z.device)
         for rows in self.chunks():
@@ -139,15 +148,18 @@ class HypernymProbe:
 @torch.inference_mode()
 def hypernym_probes(encode, train, train_labels, val, val_labels, trees, counts=UNITS):
     """{name of the tree: {K: hits (H, C) on validation images}}; train, val: ActivationBuffers."""
-    rows, classes = min(TOKENS, train.rows), len(next(iter(trees.values())).classes)
+    rows = min(TOKENS, train.rows)
+    classes = len(next(iter(trees.values())).classes)
     z = unit_values(encode, train.batches(2048), rows)
     labels = as_labels(train_labels, train.rows)[:rows].to(z.device)
-    about, probes = unit_statistics(z, labels, classes), {}
+    about = unit_statistics(z, labels, classes)
+    probes = {}
     for name, tree in trees.items():
         probes[name] = HypernymProbe(z, labels, about, tree, counts)
     del z  # before the next takes its room
     z = unit_values(encode, val.batches(2048), val.rows)
-    labels, hits = as_labels(val_labels, val.rows).to(z.device), {}
+    labels = as_labels(val_labels, val.rows).to(z.device)
+    hits = {}
     for name, probe in probes.items():
         hits[name] = {count: hit.cpu() for count, hit in probe.hits(z, labels).items()}
     return hits
@@ -157,7 +169,8 @@ def iou_of(hits, images, leaves, weights=None):
     """IoU by hypernym: hits (H, C), images (C,), leaves (H, C) -> (H,). With weights (C, D) of the
     classes, as a bootstrap draws them, (H, D); NaN where no class of the hypernym was drawn."""
     drawn = hits.new_ones(hits.shape[1], 1) if weights is None else weights
-    both, under = (hits * leaves) @ drawn, (images * leaves) @ drawn
+    both = (hits * leaves) @ drawn
+    under = (images * leaves) @ drawn
     either = hits @ drawn + under - both
     iou = torch.where(under > 0, both / either.clamp(min=1), torch.nan)
     return iou.squeeze(1) if weights is None else iou
@@ -181,7 +194,8 @@ def probe_rows(dictionary, train, val, labels, tree, permuted):
     """Rows of probes.csv of one dictionary, and (draws,) its mean IoU with one unit in a bootstrap
     over classes, thresholds fixed. All neurons at once are the token: the most that is there."""
     neurons = dictionary.name == "neurons"
-    trees, rows = {"wordnet": tree, "permuted": permuted}, []
+    trees = {"wordnet": tree, "permuted": permuted}
+    rows = []
     hits = hypernym_probes(dictionary.probed, train, labels["train"], val, labels["val"], trees,
                            (*UNITS, None) if neurons else UNITS)
     images = torch.bincount(as_labels(labels["val"], val.rows), minlength=len(tree.classes))

@@ -20,8 +20,11 @@ from kit.figures import draw_consistency, draw_hierarchy, draw_layers, draw_prob
 from kit.tables import MARKS, cell, findings, write_tables
 from sae import SparseAutoencoder
 
-OPEN, TILES, FEW = 12, 16, 4  # latents shown open, with so many tiles; the others with few
-LARGE, SMALL = 112, 72  # pixels a tile's side
+OPEN = 12  # latents shown open
+TILES = 16  # of each of these
+FEW = 4  # of each of the others
+LARGE = 112
+SMALL = 72  # pixels a tile's side
 PAPER = "https://arxiv.org/abs/2505.15970"
 FIGURES = {  # name: (alt text, caption), in the order in which to read them
     "hierarchy": (
@@ -85,16 +88,21 @@ class Pictures:
     """Tiles of the validation images, and where in them a latent looks."""
 
     def __init__(self, inputs, sae_folders, ids):
-        self.inputs, self.folders, self.ids = inputs, sae_folders, ids
+        self.inputs = inputs
+        self.folders = sae_folders
+        self.ids = ids
         self.images = Decoded(inputs.val, inputs.transform)
-        self.labels, self.why_no_maps = inputs.val.labels[ids], ""
+        self.labels = inputs.val.labels[ids]
+        self.why_no_maps = ""
         normalise = inputs.transform.transforms[-1]
         self.mean, self.std = (torch.tensor(x)[:, None, None]
                                for x in (normalise.mean, normalise.std))
 
     def tiles(self, node, best, layer, count):
         """HTML of the top images of a latent, at most two of a class."""
-        tree, used, rows = self.inputs.tree, {}, []
+        tree = self.inputs.tree
+        used = {}
+        rows = []
         for row in best["top_images"]:
             label = int(self.labels[row])
             used[label] = used.get(label, 0) + 1
@@ -122,7 +130,8 @@ class Pictures:
 
     def maps(self, images, layer, latent):
         sae = SparseAutoencoder.from_pretrained(self.folders[layer])
-        parts, device = [], self.inputs.model.cls_token.device
+        parts = []
+        device = self.inputs.model.cls_token.device
         sae.to(device)
         for part in images.split(2):  # ViT-g's graph of two images takes 2 GB
             parts.append(relevancy_maps(self.inputs.model, part.to(device), layer,
@@ -132,11 +141,14 @@ class Pictures:
 
 def latent_section(row, scores, pictures, count, names):
     """A hypernym that is matched: its best latent, in words and tiles."""
-    tree, layer = pictures.inputs.tree, row["best_layer"]
-    node, best = tree.wnids.index(row["wnid"]), scores[layer]["hypernyms"][row["wnid"]]
+    tree = pictures.inputs.tree
+    layer = row["best_layer"]
+    node = tree.wnids.index(row["wnid"])
+    best = scores[layer]["hypernyms"][row["wnid"]]
     top = pictures.labels[best["top_images"][: best["k"]]]
     shown = int(tree.leaves[node, top].sum())
-    name, classes = names[row["wnid"]], {True: [], False: []}
+    name = names[row["wnid"]]
+    classes = {True: [], False: []}
     for c in best["responds"]:
         classes[bool(tree.leaves[node, c])].append(
             display_name(tree, tree.wnids[tree.classes[c]]))
@@ -153,7 +165,8 @@ def latent_section(row, scores, pictures, count, names):
 def choose_open(rows):
     """Rows to show open: of all heights in turn, the best match of a height first, each latent
     once."""
-    by_height, latents = {}, {}
+    by_height = {}
+    latents = {}
     for row in sorted(rows, key=lambda row: (-row["height"], -row["match"])):
         by_height.setdefault(row["height"], []).append(row)
     for turn in itertools.zip_longest(*by_height.values()):
@@ -168,7 +181,9 @@ def nested_boxes(nodes, leaves):
     nodes come with the largest first; leaves is (V, C). Of several hypernyms the largest counts; a
     class is drawn once.
     """
-    children, level, boxes = {}, {}, {}
+    children = {}
+    level = {}
+    boxes = {}
     placed = np.zeros(leaves.shape[1], bool)
     for i, v in enumerate(nodes):
         above = [u for u in nodes[:i] if not (leaves[v] & ~leaves[u]).any()]
@@ -198,17 +213,21 @@ def emergence_map(rows, tree, layers, names):
     nodes = sorted(by_node, key=lambda v: (-tree.leaves[v].sum(), -tree.height[v], v))
     boxes = nested_boxes(nodes, tree.leaves)
     scale = 14 / max(2, len(tree.classes) // 200)  # pixels a class: room for a line of text
-    width, parts = 120, []
+    width = 120
+    parts = []
     bottom = max((box[2] for box in boxes.values()), default=1)
     for v, (level, top, end) in boxes.items():
         if (end - top) * scale < 13:  # no room for a name
             continue
-        row, name = by_node[v], names[tree.wnids[v]]
+        row = by_node[v]
+        name = names[tree.wnids[v]]
         fill = layer_colour(row["emergence_layer"], layers)
         short = name if len(name) < 20 else name[:18] + "…"
         layer = "in no layer" if row["emergence_layer"] is None else (
             f"first in layer {row['emergence_layer']}")
-        x, y, high = level * width, top * scale + 40, (end - top) * scale
+        x = level * width
+        y = top * scale + 40
+        high = (end - top) * scale
         box = (f'<g><title>{escape(name)}: matched {layer}</title><rect x="{x}" y="{y:.1f}" '
                f'width="{width}" height="{high:.1f}" fill="{fill}"/>'
                f'<text x="{x + 4}" y="{y + high / 2 + 4:.1f}">{escape(short)}</text></g>')
@@ -240,7 +259,8 @@ def html_table(rows):
 def latent_parts(record, scores, pictures, names):
     """The named latents: some open, the others folded."""
     matched = [row for row in record["hypernyms"] if row["emergence_layer"] is not None]
-    chosen, parts = choose_open(matched), []
+    chosen = choose_open(matched)
+    parts = []
     for row in tqdm(chosen, "      latents", unit="latent"):
         parts.append(latent_section(row, scores, pictures, TILES, names))
     folded = []
@@ -256,17 +276,20 @@ def latent_parts(record, scores, pictures, names):
 def write(folder, title, inputs, record, scores, sae_folders, ids):
     """Tables, figures and report.html in `folder`; scores and SAEs are the first seed's, by layer.
     Returns what to print."""
-    figures, layers = folder / "figures", inputs.layers
+    figures = folder / "figures"
+    layers = inputs.layers
     figures.mkdir(parents=True)
     draw_hierarchy(figures / "hierarchy", record, layers)
     draw_probes(figures / "probes", record["probes"], layers)
     draw_layers(figures / "layers", record, layers)
     draw_consistency(figures / "consistency", record["consistency"], layers)
-    shown, sentences = write_tables(folder, title, inputs.note, record), findings(record)
+    shown = write_tables(folder, title, inputs.note, record)
+    sentences = findings(record)
     names = {row["wnid"]: display_name(inputs.tree, row["wnid"]) for row in record["hypernyms"]}
     pictures = Pictures(inputs, sae_folders, ids)
     backbone = record["settings"]["backbone"]
-    is_demo, found = backbone == "demo", record["claims"][0]["verdict"] == "holds"
+    is_demo = backbone == "demo"
+    found = record["claims"][0]["verdict"] == "holds"
     matched = sum(row["emergence_layer"] is not None for row in record["hypernyms"])
     check = (f"Check {'passed' if found else 'FAILED'}: the planted hierarchy "
              f"{'was' if found else 'was not'} found, {matched} of {len(names)} planted hypernyms "

@@ -11,7 +11,9 @@ def hierarchy_rows(about, scores, controls):
     """Rows of hierarchy.csv and permuted_sd.csv of a dictionary, and every permuted tree's scores
     by column."""
     summaries = [control.summary() for control in controls]
-    draws, mean, spread = {}, {}, {}
+    draws = {}
+    mean = {}
+    spread = {}
     for column in summaries[0]:
         values = np.array([summary[column] for summary in summaries], float)
         draws[column] = values.tolist()
@@ -23,13 +25,16 @@ def hierarchy_rows(about, scores, controls):
 
 def best_latents(scores, profile, responses, tree):
     """wnid of each hypernym that some latent shows -> the latent chosen for it on half A."""
-    lch, best = dict(zip(scores.latents.tolist(), scores.lch)), {}
+    lch = dict(zip(scores.latents.tolist(), scores.lch))
+    best = {}
     for h in np.flatnonzero(scores.hypernym_latent >= 0):
         latent = int(scores.hypernym_latent[h])
+        fires = int(profile.fires[latent])
         best[tree.wnids[scores.hypernyms[h]]] = {
             "latent": latent, "match": float(scores.hypernym_match[h]),
             "matched": bool(scores.hypernym_matched[h]), "lch": tree.names[lch[latent]],
-            "k": responses.top.shape[1], "top_images": profile.top_images[latent][: int(profile.fires[latent])].tolist(),
+            "k": responses.top.shape[1],
+            "top_images": profile.top_images[latent, :fires].tolist(),
             "responds": responses.responds[latent].nonzero().flatten().tolist()}
     return best
 
@@ -48,14 +53,16 @@ def matched_sets(layers, tree):
 def latent_rows(layer, scores, profile, responses, tree):
     """A row of latents.csv for every alive latent. It is named on half A by the hypernym that it
     shows and matches best; the match is half B's."""
-    nodes, device = hypernyms_to_find(tree), responses.top.device
+    nodes = hypernyms_to_find(tree)
+    device = responses.top.device
     if len(nodes) == 0:
         return []
     leaves = leaves_of(tree, nodes, device) * responses.halved  # (H, C)
     match_A, named = (x[scores.latents] for x in matches_on_A(responses, leaves).max(1))
     match_B = matches_on_B(responses, torch.from_numpy(scores.latents), leaves[named]).tolist()
     rate = profile.counts.sum(0) / profile.images.sum(0).clamp(min=1)
-    names, rows = np.array(tree.names)[tree.classes], []
+    names = np.array(tree.names)[tree.classes]
+    rows = []
     for i, latent in enumerate(scores.latents.tolist()):
         by_rate = rate[latent].argsort(descending=True, stable=True).cpu().numpy()
         classes = names[by_rate[: int(responses.responds[latent].sum())]]
@@ -72,7 +79,8 @@ def latent_rows(layer, scores, profile, responses, tree):
 def hypernym_rows(layers, tree):
     """`best_latents` by layer -> a row of hypernyms.csv for every hypernym that can be found, the
     most general first: the layer in which it emerges, and its best latent in any layer."""
-    rows, sizes = [], tree.leaves.sum(1)
+    rows = []
+    sizes = tree.leaves.sum(1)
     nodes = hypernyms_to_find(tree).tolist()
     for v in sorted(nodes, key=lambda v: (-tree.height[v], -sizes[v], tree.wnids[v])):
         wnid = tree.wnids[v]

@@ -20,7 +20,8 @@ try:
 except ImportError:  # Windows: there, two runs in one output folder are not told apart
     fcntl = None
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # torchrun's
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class InputError(ValueError):
@@ -33,7 +34,8 @@ class InputError(ValueError):
 def code_of(path, *names):
     """A Python file as its code alone, without comments and docstrings. With names, only these
     definitions, and all others of the file that they mention."""
-    tree, by_name = ast.parse(Path(path).read_text(encoding="utf-8")), {}
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    by_name = {}
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
             node.body = [part for part in node.body if not is_text(part)]
@@ -47,7 +49,8 @@ def code_of(path, *names):
             mentioned = [alias.asname or alias.name for alias in node.names]
         for name in mentioned:
             by_name.setdefault(name, []).append(node)
-    wanted, pending = {}, list(names)
+    wanted = {}
+    pending = list(names)
     while pending:
         name = pending.pop()
         if name in by_name and name not in wanted:
@@ -81,8 +84,8 @@ def to_json(content):
 
 @contextmanager
 def write_aside(path):
-    """Yields PATH.RANK.part, to write a file or folder there. At the end it takes the place of PATH,
-    which is there or is not, whenever the run is killed."""
+    """Yields PATH.RANK.part, to write a file or folder there. At the end it takes the place of
+    PATH, which is there or is not, whenever the run is killed."""
     part = path.with_name(f"{path.name}.{RANK}.part")
     shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,9 @@ def start_ranks(device):
 def keep_freed_memory():
     """Have glibc keep what a step frees for the next one: from the system it comes page by page,
     which on a CPU is up to 40% of a training step."""
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+    M_TRIM_THRESHOLD = -1
+    M_TOP_PAD = -2
+    M_MMAP_MAX = -4
     with suppress(OSError, AttributeError):  # another system
         for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 28)):
             ctypes.CDLL("libc.so.6").mallopt(name, value)

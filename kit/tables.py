@@ -56,7 +56,8 @@ def values_of(rows, column, **where):
 
 def mean_and_spread(values):
     """mean ± standard deviation over seeds; the mean alone where all agree."""
-    mean, spread = float(np.mean(values)), float(np.std(values))
+    mean = float(np.mean(values))
+    spread = float(np.std(values))
     if not spread > 1e-6 * abs(mean):
         return cell(mean)
     digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread < 10 else 0
@@ -82,10 +83,12 @@ def over_seeds(rows):
 
 def by_layer(tables):
     """The scores that matter most: a row for each layer and dictionary, a number a cell."""
-    rows, trees = [], {"wordnet": "{}", "permuted": "{}, permuted"}
+    rows = []
+    trees = {"wordnet": "{}", "permuted": "{}, permuted"}
     for layer in sorted({row["layer"] for row in tables["layers"]}):
         for dictionary, name in NAMES.items():
-            row, where = {"layer": layer, "": name}, {"layer": layer, "dictionary": dictionary}
+            row = {"layer": layer, "": name}
+            where = {"layer": layer, "dictionary": dictionary}
             for column, heading in SHOWN.items():
                 for tree, title in trees.items():
                     values = values_of(tables["hierarchy"], column, tree=tree, **where)
@@ -102,7 +105,8 @@ def claims_in_short(claims):
     rows = []
     for row in claims:
         value = cell(row["value"]) + (f" ± {row['spread']:.1g}" if row["spread"] else "")
-        p, sure = row["p_value"], None
+        p = row["p_value"]
+        sure = None
         if p is not None and p == p:
             sure = f"p {'≤' if row['seeds'] > 1 else '='} {p:.2g}"  # the worst of the seeds
         if row["low"] is not None:
@@ -116,7 +120,8 @@ def claims_in_short(claims):
 def findings(tables):
     """What was found, in sentences: each number beside its value under permuted trees."""
     layers = sorted({row["layer"] for row in tables["layers"]})
-    first, last = layers[0], layers[-1]
+    first = layers[0]
+    last = layers[-1]
 
     def mean(column, layer=last, dictionary="sae", tree="wordnet", table="hierarchy", **where):
         where |= {"layer": layer, "dictionary": dictionary, "tree": tree}
@@ -130,7 +135,8 @@ def findings(tables):
         return beside("iou", last, dictionary, table="probes", **units)
 
     claims = {row["claim"]: row for row in tables["claims"]}
-    main, grows = claims["the hierarchy is there"], claims["it grows with depth"]
+    main = claims["the hierarchy is there"]
+    grows = claims["it grows with depth"]
     answer = ANSWERS.get(main["verdict"], "no hierarchy can be told from chance")
     sentences = [
         f"Two of a latent's top images, of different classes, meet {cell(mean(MAIN))} edges up in "
