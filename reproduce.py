@@ -459,8 +459,9 @@ def write_results(settings, inputs, folders, scores, record, labels):
     saes = folders.saes[settings.seed]
     inputs.model.to(settings.device)  # for the maps
     with write_aside(folders.results) as part:
+        title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
         shown = report.write(
-            part, f"{settings.backbone} on {Path(settings.data).resolve().name}", inputs, record,
+            part, "The built-in demo" if settings.data == "demo" else title, inputs, record,
             {layer: scores[layer, first] for layer in inputs.layers},
             {layer: folders.sae[layer, first] for layer in inputs.layers}, labels["val_ids"])
     print(shown)

@@ -376,10 +376,11 @@ svg rect { stroke: #888; stroke-width: .6 } svg a:hover rect { stroke: #000; str
 :target h3 { text-decoration: underline }
 table { border-collapse: collapse; font-size: .8rem; margin: .5rem 0 }
 th, td { padding: .2rem .5rem; border-bottom: 1px solid var(--line); text-align: left }
-td { font-variant-numeric: tabular-nums; max-width: 22rem; overflow-wrap: anywhere }
+td { font-variant-numeric: tabular-nums; max-width: 22rem; overflow-wrap: break-word }
 th { vertical-align: bottom; min-width: 3rem } dt { font-weight: bold }
 summary { font-weight: bold; cursor: pointer; padding: .3rem 0 }
 @media print {
+  details::details-content { content-visibility: visible; block-size: auto }
   body { max-width: none } .wide { overflow: visible } .plot img { max-width: 34rem }
   table { font-size: .5rem } th, td { padding: .05rem .15rem; min-width: 0 } svg { max-width: 100% }
 }

@@ -56,12 +56,16 @@ def values_of(rows, column, **where):
 
 def mean_and_spread(values):
     """mean ± standard deviation over seeds; the mean alone where all agree."""
-    mean = float(np.mean(values))
-    spread = float(np.std(values))
+    return plus_minus(float(np.mean(values)), float(np.std(values)))
+
+
+def plus_minus(mean, spread):
+    """Both with as many decimals as two digits of the spread need, at most four."""
     if not spread > 1e-6 * abs(mean):
         return cell(mean)
-    digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread < 10 else 0
-    return f"{mean:.{min(digits, 4)}f} ± {spread:.{min(digits, 4)}f}"
+    decimals = 1 - int(np.floor(np.log10(spread))) if spread < 10 else 0
+    decimals = min(decimals, 4)
+    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
 
 
 def over_seeds(rows):
@@ -104,7 +108,7 @@ def claims_in_short(claims):
     """Rows of claims.csv for reading: a mark and few columns."""
     rows = []
     for row in claims:
-        value = cell(row["value"]) + (f" ± {row['spread']:.1g}" if row["spread"] else "")
+        value = plus_minus(row["value"], row["spread"] or 0)
         p = row["p_value"]
         sure = None
         if p is not None and p == p:
