@@ -61,7 +61,7 @@ def mean_and_spread(values):
 
 def plus_minus(mean, spread):
     """Both with as many decimals as two digits of the spread need, at most four."""
-    if not spread > 1e-6 * abs(mean):
+    if mean is None or not spread > 1e-6 * abs(mean):
         return cell(mean)
     decimals = 1 - int(np.floor(np.log10(spread))) if spread < 10 else 0
     decimals = min(decimals, 4)
