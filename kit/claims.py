@@ -225,7 +225,7 @@ def probe_claims(last):
     return rows
 
 
-def consistency_claim(matched):
+def consistency_claim(matched, draws=1000):
     """matched: for each seed (L, H) bool. Layers that match nothing, or all, are left out."""
     claim = "near layers agree more"
     statistic = "kappa, neighbouring layers less all others"
@@ -237,9 +237,9 @@ def consistency_claim(matched):
         if len(sets) < FEWEST_LAYERS:
             return row_of(claim, statistic, [np.nan] * len(matched), "too few layers", False)
         values.append(nearness(sets))
-        drawn = np.array(list(map(nearness, curveball(sets, 1000))))
-        p.append((1 + (drawn >= values[-1] - 1e-9).sum()) / 1001)
-        opposite.append((1 + (drawn <= values[-1] + 1e-9).sum()) / 1001)
+        drawn = np.array(list(map(nearness, curveball(sets, draws))))
+        p.append((1 + (drawn >= values[-1] - 1e-9).sum()) / (1 + draws))
+        opposite.append((1 + (drawn <= values[-1] + 1e-9).sum()) / (1 + draws))
     judged = verdict(np.array(p) <= 0.05, np.array(opposite) <= 0.05)
     return row_of(claim, statistic, values, judged, False, p_value=float(max(p)))
 

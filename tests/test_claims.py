@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from controls import claims_of_world
-from kit.claims import curveball, nearness, rank_correlation, t_interval, thirds, verdict
+from kit.claims import (consistency_claim, curveball, nearness, rank_correlation, t_interval, thirds,
+                        verdict)
 from metrics import kappa
 
 
@@ -39,6 +40,21 @@ def test_curveball_keeps_both_margins_and_is_uniform():
     expected = 3000 / len(every)
     chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
     assert chi_square < len(every) + 4 * np.sqrt(2 * len(every))
+
+
+def test_independent_layers_are_not_said_to_agree_when_near():
+    """Sets whose sizes grow with depth, as hypernyms matched do; then sets that drift."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([0.05, 0.1, 0.2, 0.3, 0.45])[:, None]
+    verdicts = []
+    for _ in range(20):
+        sets = rng.random((5, 80)) < sizes
+        verdicts.append(consistency_claim([sets], draws=99)["verdict"])
+    assert verdicts.count("holds") <= 4  # 99% binomial limit of a 5% coin
+    drifting = rng.random(80)[None] + np.linspace(0, 1, 6)[:, None] < 1
+    drifting ^= rng.random((6, 80)) < 0.1
+    assert consistency_claim([drifting], draws=99)["verdict"] == "holds"
+    assert consistency_claim([np.zeros((6, 80), bool)])["verdict"] == "too few layers"
 
 
 def test_nearness_by_hand():
