@@ -5,6 +5,7 @@
 Rounds are interleaved, times are medians, and a ratio is one of medians of one run. --quick: small
 shapes, to see that it runs.
 """
+
 import argparse
 import os
 import platform
@@ -68,7 +69,9 @@ def train(rounds, quick):
         for precision in dict.fromkeys(["float32", fast_precision(DEVICE)]):
             steps[precision] = training_step(n, 8 * n, x, precision)
         for precision, seconds in measure(steps, rounds).items():
-            print(f"one training step, {n} -> {8 * n}, batch {B}, {precision}: {1e3 * seconds:.1f} ms")
+            print(
+                f"one training step, {n} -> {8 * n}, batch {B}, {precision}: {1e3 * seconds:.1f} ms"
+            )
 
 
 def extract(rounds, quick):
@@ -85,6 +88,7 @@ def extract(rounds, quick):
                 vit(images.to(DEVICE))
 
         with tempfile.TemporaryDirectory() as folder:
+
             def recorded():
                 record(vit, images, folder, range(12), precision)
                 finish(folder, range(12), count, width)
@@ -92,9 +96,23 @@ def extract(rounds, quick):
                     path.unlink()
 
             seconds = measure({"bare": bare, "recorded": recorded}, rounds)
-        print(f"class tokens of {count} images, {name} in shape, {precision}: "
-              f"{count / seconds['bare']:.0f} images/s bare, all 12 layers on disk at "
-              f"{seconds['bare'] / seconds['recorded']:.1%} of that rate")
+        print(
+            f"class tokens of {count} images, {name} in shape, {precision}: "
+            f"{count / seconds['bare']:.0f} images/s bare, all 12 layers on disk at "
+            f"{seconds['bare'] / seconds['recorded']:.1%} of that rate"
+        )
+
+
+def timed(function, seconds):
+    """The function, whose time is added to seconds[0]."""
+
+    def called(*given):
+        start = time.perf_counter()
+        out = function(*given)
+        seconds[0] += time.perf_counter() - start
+        return out
+
+    return called
 
 
 def score(rounds, quick):
@@ -106,17 +124,11 @@ def score(rounds, quick):
     rng = np.random.default_rng(0)
     codes, labels = rng.normal(size=(C, width)).astype(np.float32), {}
 
-    def timed(function):
-        def called(*given):
-            start = time.perf_counter()
-            out = function(*given)
-            encoding[0] += time.perf_counter() - start
-            return out
-        return called
-
     def dictionaries(*given):
         for one in metrics.dictionaries_of(*given):
-            yield one._replace(encode=timed(one.encode), probed=timed(one.probed))
+            yield one._replace(
+                encode=timed(one.encode, encoding), probed=timed(one.probed, encoding)
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         buffers = []
@@ -134,17 +146,30 @@ def score(rounds, quick):
         sae = sae_module.new_sae(statistics, Training(expansion=expansion)).to(DEVICE)
         sae.b_enc.data.fill_(-0.05)  # about 5% of random latents fire
         sae.requires_grad_(False)
-        sae.forward = timed(sae.forward)
+        sae.forward = timed(sae.forward, encoding)
         classifier = torch.nn.Linear(width, C).requires_grad_(False).to(DEVICE)
         start = time.perf_counter()
         with mock.patch("reproduce.dictionaries_of", dictionaries):
-            reproduce.score_layer(0, 0, sae, *buffers, labels, statistics, tree,
-                                  reproduce.permuted_trees(tree), classifier, 16, 0.5)
+            reproduce.score_layer(
+                0,
+                0,
+                sae,
+                *buffers,
+                labels,
+                statistics,
+                tree,
+                reproduce.permuted_trees(tree),
+                classifier,
+                16,
+                0.5,
+            )
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"one layer, {len(sae.b_enc):,} latents, {rows['val']:,} + {rows['train']:,} tokens, "
-          f"{C:,} classes: {seconds:.0f} s, {seconds - encoding[0]:.0f} s without encoding; "
-          f"{peak:.2f} GiB at most")
+    print(
+        f"one layer, {len(sae.b_enc):,} latents, {rows['val']:,} + {rows['train']:,} tokens, "
+        f"{C:,} classes: {seconds:.0f} s, {seconds - encoding[0]:.0f} s without encoding; "
+        f"{peak:.2f} GiB at most"
+    )
 
 
 def buffer(rounds, quick):
@@ -164,14 +189,17 @@ def buffer(rounds, quick):
             drawn = sum(map(len, fresh.batches(4096, torch.Generator().manual_seed(0))))
             times.append(time.perf_counter())
     statistics, first, second = np.diff(times)
-    print(f"a layer of {rows:,} x {width}: statistics {statistics:.1f} s; {drawn:,} rows drawn in "
-          f"{first:.1f} s, in the next epoch {second:.1f} s")
+    print(
+        f"a layer of {rows:,} x {width}: statistics {statistics:.1f} s; {drawn:,} rows drawn in "
+        f"{first:.1f} s, in the next epoch {second:.1f} s"
+    )
 
 
 if __name__ == "__main__":
     stages = {stage.__name__: stage for stage in (train, extract, score, buffer)}
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", default="all", choices=[*stages, "all"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
@@ -179,8 +207,10 @@ if __name__ == "__main__":
     keep_freed_memory()
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} cores"
-    print(f"{device}, {platform.machine()}; Python {platform.python_version()}, torch "
-          f"{torch.__version__}; {arguments.rounds} rounds")
+    print(
+        f"{device}, {platform.machine()}; Python {platform.python_version()}, torch "
+        f"{torch.__version__}; {arguments.rounds} rounds"
+    )
     for name, stage in stages.items():
         if arguments.what in (name, "all"):
             stage(arguments.rounds, arguments.quick)

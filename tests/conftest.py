@@ -1,4 +1,5 @@
 """What tests share: a local torch.hub repository, small images, WordNet, DINOv2's own code."""
+
 import os
 import sys
 from pathlib import Path
@@ -100,8 +101,25 @@ def work(tmp_path, monkeypatch):
 
 def small_run(data, hub, *more) -> list[str]:
     """Arguments for reproduce.py; of an option given twice, the later holds."""
-    run = ["--data", data, "--hub", hub, "--backbone", "small_vit", "--out", "out", "--top-k", 4,
-           "--epochs", 3, "--device", "cpu", "--workers", 0, *more]
+    run = [
+        "--data",
+        data,
+        "--hub",
+        hub,
+        "--backbone",
+        "small_vit",
+        "--out",
+        "out",
+        "--top-k",
+        4,
+        "--epochs",
+        3,
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        *more,
+    ]
     return list(map(str, run))
 
 

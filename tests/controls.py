@@ -10,6 +10,7 @@ amplitude     the same codes, a signal that is strong from the first layer on gr
 No images: real SAEs, real scoring and real claims on 100 ImageNet classes, six layers of width 48,
 three seeds. In a flat world no claim about the hierarchy may hold, in a constant one no growth.
 """
+
 import json
 import sys
 import tempfile
@@ -27,7 +28,9 @@ from taxonomy import Taxonomy, imagenet1k
 WIDTH = 48
 IMAGES = {"train": 40, "val": 20}  # of each class
 SIGNALS = {  # first and last layer's, over noise of deviation 1 in every coordinate
-    "flat": (0.05, 0.5), "constant": (0.3, 0.3), "hierarchical": (0.05, 0.5),
+    "flat": (0.05, 0.5),
+    "constant": (0.3, 0.3),
+    "hierarchical": (0.05, 0.5),
     "amplitude": (0.3, 0.6),
 }
 
@@ -59,8 +62,10 @@ def make_world(folder: Path, world: str, tree: Taxonomy, layers: int, seed: int)
 def claims_of_world(world, seed, layers=6, seeds=3, epochs=25, classes=100):
     """The rows of claims.csv on a world."""
     tree = Taxonomy.from_wnids(imagenet1k()[:: 1000 // classes])
-    trainings = [Training(4, batch_size=256, epochs=epochs, lr=1e-3, seed=10 * seed + i)
-                 for i in range(seeds)]
+    trainings = [
+        Training(4, batch_size=256, epochs=epochs, lr=1e-3, seed=10 * seed + i)
+        for i in range(seeds)
+    ]
     controls, scores = reproduce.permuted_trees(tree), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -68,13 +73,30 @@ def claims_of_world(world, seed, layers=6, seeds=3, epochs=25, classes=100):
         for layer in range(layers):
             train, val = (ActivationBuffer(folder / f"{split}_{layer}.npy") for split in IMAGES)
             statistics = train.statistics()
-            probe = linear_probe(train.tokens, labels["train"], len(tree.classes),
-                                 statistics.mean, statistics.variance, least_steps=300)
+            probe = linear_probe(
+                train.tokens,
+                labels["train"],
+                len(tree.classes),
+                statistics.mean,
+                statistics.variance,
+                least_steps=300,
+            )
             for training in trainings:
                 sae = train_sae(train, training, statistics, {"seed": training.seed})
                 scores[layer, training.seed] = reproduce.score_layer(
-                    layer, training.seed, sae, train, val, labels, statistics, tree, controls,
-                    probe, k=16, response_rate=0.5)
+                    layer,
+                    training.seed,
+                    sae,
+                    train,
+                    val,
+                    labels,
+                    statistics,
+                    tree,
+                    controls,
+                    probe,
+                    k=16,
+                    response_rate=0.5,
+                )
         return reproduce.tables_of(scores, tree)["claims"]
 
 

@@ -7,6 +7,7 @@ training step of its SAE, one step of its probe. Each operation is taken for the
 products and of what it reads and writes, at the speeds below, and a step for no less than the
 host's part in it. All of these speeds are assumptions.
 """
+
 import argparse
 import sys
 from collections import Counter
@@ -68,14 +69,18 @@ class Count(TorchDispatchMode):
 
 def load_vit_g(hub: str, device="cuda"):
     """ViT-g on a FakeTensorMode's device, without filling in its weights."""
-    with (mock.patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *of, **more: tensor),
-          mock.patch("torch.nn.Module.to", lambda module, device: module), torch.device(device)):
+    with (
+        mock.patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *of, **more: tensor),
+        mock.patch("torch.nn.Module.to", lambda module, device: module),
+        torch.device(device),
+    ):
         return load_backbone("dinov2_vitg14", hub, pretrained=False)
 
 
 def train_three_steps(pool_rows: int, precision: str, progress=None) -> None:
     """Of the paper's SAE, in a FakeTensorMode, on the first rows of a pool; ends with a
     DataDependentOutputException: whether weights are finite cannot be told."""
+
     class Buffer:  # as ActivationBuffer
         rows, device = 3 * 4096, "cpu"
 
@@ -92,12 +97,16 @@ def train_three_steps(pool_rows: int, precision: str, progress=None) -> None:
 
 def of_a_batch(hub: str) -> list:
     """The operations of one recorded batch of ViT-g, under autocast and with flash attention."""
+
     def attention(q, k, v, **more):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
-    with (mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-          mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
-          FakeTensorMode(), torch.no_grad()):
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+        FakeTensorMode(),
+        torch.no_grad(),
+    ):
         model, images = load_vit_g(hub), torch.empty(BATCH, 3, 224, 224, device="cuda")
         with Count() as count:
             class_tokens(model, images, range(LAYERS), "float16").half().to("cpu")
@@ -120,7 +129,7 @@ def of_a_probe_step() -> list:
             linear_probe(rows, labels, 1000, torch.zeros(WIDTH), torch.ones(WIDTH), steps)
         counts.append(Counter(count.operations))
     step = counts[1] - counts[0]
-    return list(step.elements())[:: 4]
+    return list(step.elements())[::4]
 
 
 def seconds(operations: list, card: Card) -> tuple[float, float, float]:
@@ -134,8 +143,11 @@ def seconds(operations: list, card: Card) -> tuple[float, float, float]:
 def main(hub: str) -> None:
     kinds = [of_a_batch(hub), of_a_step(), of_a_probe_step()]
     images, training = TRAIN + VAL, Training()
-    times = [-(-images // BATCH), LAYERS * training.epochs * (TRAIN // training.batch_size),
-             LAYERS * 10 * (TRAIN // 256)]
+    times = [
+        -(-images // BATCH),
+        LAYERS * training.epochs * (TRAIN // training.batch_size),
+        LAYERS * 10 * (TRAIN // 256),
+    ]
     files = LAYERS * 2 * WIDTH * TRAIN
     for card in CARDS:
         print(f"\n{card.name}: {card.products / 1e12:.0f} TFLOP/s, {card.memory / 1e12:.2f} TB/s")
@@ -148,12 +160,15 @@ def main(hub: str) -> None:
             total += taken
             of = "".join(f"{part / 3600:8.2f} h" for part in parts)
             print(f"  {name:36}{n:9,} x {operations:5} operations{taken / 3600:8.2f} h {of}")
-        print(f"  all {total / 3600:.2f} h; images decoded beside it, {CORES} cores: "
-              f"{images * DECODE / CORES / 3600:.2f} h")
+        print(
+            f"  all {total / 3600:.2f} h; images decoded beside it, {CORES} cores: "
+            f"{images * DECODE / CORES / 3600:.2f} h"
+        )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hub", default=HUB)
     main(parser.parse_args().hub)

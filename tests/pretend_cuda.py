@@ -7,6 +7,7 @@
 A copy to the host that was not waited for is NaN until somebody waits. No kernel runs, and autocast
 is the CPU's: what a real GPU computes is not shown.
 """
+
 import collections
 import contextlib
 import traceback
@@ -20,9 +21,18 @@ from torch.utils._pytree import tree_leaves
 
 CUDA, log = torch.device("cuda", 0), collections.Counter()
 copies = []  # (tensor on the host, what it will hold) that nobody has waited for
-WAITS = {Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.tolist,
-         Tensor.nonzero, torch.nonzero, torch.equal, torch.allclose}
-ROOMS = [Path(__file__).resolve().parents[1] / name for name in ('', 'kit')]
+WAITS = {
+    Tensor.item,
+    Tensor.__bool__,
+    Tensor.__float__,
+    Tensor.__int__,
+    Tensor.tolist,
+    Tensor.nonzero,
+    torch.nonzero,
+    torch.equal,
+    torch.allclose,
+}
+ROOMS = [Path(__file__).resolve().parents[1] / name for name in ("", "kit")]
 as_plain = torch._C.DisableTorchFunctionSubclass
 
 
@@ -106,16 +116,31 @@ class Mode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend_cuda():
-    answers = {"is_available": True, "device_count": 1, "is_bf16_supported": True,
-               "get_device_name": "a pretended GPU"}
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "is_bf16_supported": True,
+        "get_device_name": "a pretended GPU",
+    }
     answers |= dict.fromkeys(("_lazy_init", "manual_seed_all", "synchronize"))
     answers["is_current_stream_capturing"] = False
     answers = {name: lambda *of, value=value, **more: value for name, value in answers.items()}
-    with (mock.patch.multiple(torch.cuda, Event=Event, **answers),
-          mock.patch.object(torch, "autocast", lambda kind, dtype, enabled, real=torch.autocast:
-                            real("cpu", torch.bfloat16, enabled=enabled)),
-          mock.patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check",
-                            lambda self: None, create=True),  # of some versions
-          mock.patch.object(torch.__future__, "_overwrite_module_params_on_conversion", True),
-          Mode()):
+    with (
+        mock.patch.multiple(torch.cuda, Event=Event, **answers),
+        mock.patch.object(
+            torch,
+            "autocast",
+            lambda kind, dtype, enabled, real=torch.autocast: real(
+                "cpu", torch.bfloat16, enabled=enabled
+            ),
+        ),
+        mock.patch.object(
+            torch.optim.Optimizer,
+            "_accelerator_graph_capture_health_check",
+            lambda self: None,
+            create=True,
+        ),  # of some versions
+        mock.patch.object(torch.__future__, "_overwrite_module_params_on_conversion", True),
+        Mode(),
+    ):
         yield

@@ -1,4 +1,5 @@
 """Verdicts against closed forms and enumeration, and on small worlds whose truth is known."""
+
 import itertools
 from collections import Counter
 
@@ -6,8 +7,15 @@ import numpy as np
 import pytest
 
 from controls import claims_of_world
-from kit.claims import (consistency_claim, curveball, nearness, rank_correlation, t_interval, thirds,
-                        verdict)
+from kit.claims import (
+    consistency_claim,
+    curveball,
+    nearness,
+    rank_correlation,
+    t_interval,
+    thirds,
+    verdict,
+)
 from metrics import kappa
 
 
@@ -76,20 +84,27 @@ def test_rank_correlation_closed_forms():
 @pytest.fixture(scope="module")
 def verdicts():
     """Worlds of four layers and three seeds, of fewer tokens than in the calibration."""
-    return {world: {row["claim"]: row for row in claims_of_world(world, 1, layers=4, epochs=12, classes=50)}
-            for world in ("flat", "hierarchical")}
+    return {
+        world: {
+            row["claim"]: row for row in claims_of_world(world, 1, layers=4, epochs=12, classes=50)
+        }
+        for world in ("flat", "hierarchical")
+    }
 
 
 def test_a_world_without_a_hierarchy_earns_no_verdict_on_it(verdicts):
     rows = verdicts["flat"]
-    assert not [claim for claim, row in rows.items()
-                if row["about_hierarchy"] and row["verdict"] == "holds"]
+    assert not [
+        claim for claim, row in rows.items() if row["about_hierarchy"] and row["verdict"] == "holds"
+    ]
     assert rows["category information grows with depth"]["verdict"] == "holds"
 
 
 def test_a_world_with_a_hierarchy_does(verdicts):
     rows = verdicts["hierarchical"]
     assert rows["the hierarchy is there"]["verdict"] == "holds"
-    assert rows["the hierarchy is there"]["value"] < rows["the hierarchy is there"]["permuted"] - 0.3
+    assert (
+        rows["the hierarchy is there"]["value"] < rows["the hierarchy is there"]["permuted"] - 0.3
+    )
     assert rows["it grows with depth"]["verdict"] == "holds"
     assert rows["general hypernyms emerge earlier"]["verdict"] == "no test"

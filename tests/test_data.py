@@ -1,4 +1,5 @@
 """Every layout of images, every kind of image, and what is none of them: one sentence each."""
+
 import io
 import os
 import shutil
@@ -17,8 +18,10 @@ from kit.runs import InputError
 
 
 def names_by_class(split, classes):
-    return {wnid: sorted(n for n, label in zip(split.names, split.labels) if label == c)
-            for c, wnid in enumerate(classes)}
+    return {
+        wnid: sorted(n for n, label in zip(split.names, split.labels) if label == c)
+        for c, wnid in enumerate(classes)
+    }
 
 
 def check_layout(root, train_count=12, val_count=5):
@@ -107,8 +110,10 @@ def test_kaggles_layout(data, tmp_path):
     base.mkdir(parents=True)
     shutil.move(data / "train", base / "train")
     listed = flatten_val(data, data / "val", base / "val")
-    rows = [f"{os.path.splitext(name)[0]},{wnid} 1 2 3 4 {wnid} 5 6 7 8\n"
-            for name, wnid in reversed(listed)]
+    rows = [
+        f"{os.path.splitext(name)[0]},{wnid} 1 2 3 4 {wnid} 5 6 7 8\n"
+        for name, wnid in reversed(listed)
+    ]
     csv = "ImageId,PredictionString\n" + "".join(rows)
     (tmp_path / "kaggle/LOC_val_solution.csv").write_text(csv, encoding="utf-8-sig")  # with a mark
     (tmp_path / "kaggle/ILSVRC/Annotations").mkdir()
@@ -166,41 +171,73 @@ def remove(data, *patterns):
 EVERY_LINE = "".join(f"{w}_{i:02d}.png\t{w}\n" for w in WNIDS for i in range(5)).encode()
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda data: rename_class(data, "dogs", ["val"]), "class n02085620 is in .*train but not in"),
-    (lambda data: rename_class(data, "n02085782", ["val"]), "n02085620 is in .*train but not in"),
-    (lambda data: remove(data, "val/n*"), "val holds 0 images in no class folders, .* sorts"),
-    (lambda data: annotate(data, None), "val holds 20 images in no class folders, .*val_annotations"),
-    (lambda data: remove(data, "train/n*"), "expected train/ and val/ .*train holds nothing"),
-    (lambda data: remove(data, "train", "val"), "expected train/ and val/ .* holds nothing"),
-    (lambda data: remove(data, "train/n0[2-9]*", "val/n0[2-9]*"), "expected .* holds n01531178"),
-    (lambda data: remove(data, "train"), "expected train/ and val/ .* holds val"),
-    (lambda data: remove(data, f"val/{WNIDS[3]}/*"), "the class folder .* holds no images"),
-    (lambda data: (remove(data, "*"), data.rmdir(), data.write_text("a file")), "no such folder"),
-    (lambda data: (remove(data, "*"), (data / "ILSVRC2012_img_train.tar").write_bytes(b"")),
-     "holds ILSVRC2012_img_train.tar. torchvision.datasets.ImageNet sorts"),
-    (lambda data: remove(data, "val", "train/*/0[1-9].png", "train/*/1*.png"), "has one image"),
-    (lambda data: annotate(data, EVERY_LINE + f"{WNIDS[0]}_00.png\t{WNIDS[1]}\n".encode()),
-     "two classes"),
-    (lambda data: annotate(data, EVERY_LINE.partition(b"\n")[2]), "has no label in"),
-    (lambda data: annotate(data, EVERY_LINE.replace(b"n02085620\n", b"n02085782\n")),
-     "is in .*train but not in"),
-    (lambda data: annotate(data, b"no tabs here\n"), "val_annotations.txt is no list"),
-    (lambda data: annotate(data, b"\xff\xfe\x00"), "val_annotations.txt is no list"),
-    (lambda data: (annotate(data, b""),
-                   (data / "val/LOC_val_solution.csv").write_text("a,b\n1,2\n")), "csv is no list"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda data: rename_class(data, "dogs", ["val"]),
+            "class n02085620 is in .*train but not in",
+        ),
+        (
+            lambda data: rename_class(data, "n02085782", ["val"]),
+            "n02085620 is in .*train but not in",
+        ),
+        (lambda data: remove(data, "val/n*"), "val holds 0 images in no class folders, .* sorts"),
+        (
+            lambda data: annotate(data, None),
+            "val holds 20 images in no class folders, .*val_annotations",
+        ),
+        (lambda data: remove(data, "train/n*"), "expected train/ and val/ .*train holds nothing"),
+        (lambda data: remove(data, "train", "val"), "expected train/ and val/ .* holds nothing"),
+        (
+            lambda data: remove(data, "train/n0[2-9]*", "val/n0[2-9]*"),
+            "expected .* holds n01531178",
+        ),
+        (lambda data: remove(data, "train"), "expected train/ and val/ .* holds val"),
+        (lambda data: remove(data, f"val/{WNIDS[3]}/*"), "the class folder .* holds no images"),
+        (
+            lambda data: (remove(data, "*"), data.rmdir(), data.write_text("a file")),
+            "no such folder",
+        ),
+        (
+            lambda data: (remove(data, "*"), (data / "ILSVRC2012_img_train.tar").write_bytes(b"")),
+            "holds ILSVRC2012_img_train.tar. torchvision.datasets.ImageNet sorts",
+        ),
+        (lambda data: remove(data, "val", "train/*/0[1-9].png", "train/*/1*.png"), "has one image"),
+        (
+            lambda data: annotate(data, EVERY_LINE + f"{WNIDS[0]}_00.png\t{WNIDS[1]}\n".encode()),
+            "two classes",
+        ),
+        (lambda data: annotate(data, EVERY_LINE.partition(b"\n")[2]), "has no label in"),
+        (
+            lambda data: annotate(data, EVERY_LINE.replace(b"n02085620\n", b"n02085782\n")),
+            "is in .*train but not in",
+        ),
+        (lambda data: annotate(data, b"no tabs here\n"), "val_annotations.txt is no list"),
+        (lambda data: annotate(data, b"\xff\xfe\x00"), "val_annotations.txt is no list"),
+        (
+            lambda data: (
+                annotate(data, b""),
+                (data / "val/LOC_val_solution.csv").write_text("a,b\n1,2\n"),
+            ),
+            "csv is no list",
+        ),
+    ],
+)
 def test_bad_folders(data, change, words):
     change(data)
     with pytest.raises(InputError, match=words):
         find_images(str(data))
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda path: os.symlink(path.name, path), "odd.png"),
-    (lambda path: os.symlink("gone", path), "odd.png"),
-    (os.mkfifo, "odd.png is no file"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: os.symlink(path.name, path), "odd.png"),
+        (lambda path: os.symlink("gone", path), "odd.png"),
+        (os.mkfifo, "odd.png is no file"),
+    ],
+)
 def test_links_to_nowhere_and_pipes_among_the_images(data, make, words):
     make(data / "train" / WNIDS[0] / "odd.png")
     with pytest.raises((InputError, OSError), match=words):
@@ -236,10 +273,16 @@ def test_images_of_any_mode(tmp_path):
     alpha.putalpha(128)
     real = Image.fromarray(np.random.default_rng(0).random((20, 24), np.float32) * 255)
     for name, image, options in [
-        ("rgb.png", rgb, {}), ("grey.jpg", rgb.convert("L"), {}), ("cmyk.jpg", rgb.convert("CMYK"), {}),
-        ("palette.png", palette, {"transparency": 3}), ("palette.gif", palette, {}),
-        ("alpha.png", alpha, {}), ("grey_alpha.png", alpha.convert("LA"), {}), ("real.tif", real, {}),
-        ("bits.png", rgb.convert("1"), {}), ("sixteen.png", sixteen, {}),
+        ("rgb.png", rgb, {}),
+        ("grey.jpg", rgb.convert("L"), {}),
+        ("cmyk.jpg", rgb.convert("CMYK"), {}),
+        ("palette.png", palette, {"transparency": 3}),
+        ("palette.gif", palette, {}),
+        ("alpha.png", alpha, {}),
+        ("grey_alpha.png", alpha.convert("LA"), {}),
+        ("real.tif", real, {}),
+        ("bits.png", rgb.convert("1"), {}),
+        ("sixteen.png", sixteen, {}),
     ]:
         image.save(tmp_path / name, **options)
         read = read_image(tmp_path / name)
@@ -262,8 +305,11 @@ def test_the_first_of_several_frames(tmp_path):
 
 def png_claiming(width, height):
     """A PNG of a few bytes that says it has so many pixels."""
+
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
@@ -276,26 +322,29 @@ def encoded(image, kind):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("bomb.png", png_claiming(60_000, 60_000), "decompression bomb"),
-    ("liar.png", png_claiming(5_000, 5_000), "is no readable image"),
-    ("no_pixels.png", png_claiming(0, 0), "is no readable image"),
-    ("thread.png", encoded(image_of((1, 3000)), "PNG"), "1 x 3000 pixels"),
-    ("empty.png", b"", "is no readable image"),
-    ("zeros.jpg", b"\0" * 5000, "is no readable image"),
-    ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no readable image"),
-    ("archive.png", b"PK\x03\x04" + b"\0" * 100, "is no readable image"),
-    ("half.png", encoded(image_of((200, 200)), "PNG")[:300], "is no readable image"),
-    ("half.webp", encoded(image_of((200, 200)), "WEBP")[:300], "is no readable image"),
-    ("half.tif", encoded(image_of((200, 200)), "TIFF")[:300], "is no readable image"),
-    ("one.png", encoded(image_of((1, 1)), "PNG"), ""),
-    ("thin.png", encoded(image_of((1, 90)), "PNG"), ""),
-    ("jpeg_inside.png", encoded(image_of(), "JPEG"), ""),
-    ("with spaces  .png", encoded(image_of(), "PNG"), ""),
-    ("quotes'\"`$(touch x);.png", encoded(image_of(), "PNG"), ""),
-    ("two\nlines.png", encoded(image_of(), "PNG"), ""),
-    (os.fsdecode(b"not utf-8 \xff.png"), encoded(image_of(), "PNG"), ""),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("bomb.png", png_claiming(60_000, 60_000), "decompression bomb"),
+        ("liar.png", png_claiming(5_000, 5_000), "is no readable image"),
+        ("no_pixels.png", png_claiming(0, 0), "is no readable image"),
+        ("thread.png", encoded(image_of((1, 3000)), "PNG"), "1 x 3000 pixels"),
+        ("empty.png", b"", "is no readable image"),
+        ("zeros.jpg", b"\0" * 5000, "is no readable image"),
+        ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no readable image"),
+        ("archive.png", b"PK\x03\x04" + b"\0" * 100, "is no readable image"),
+        ("half.png", encoded(image_of((200, 200)), "PNG")[:300], "is no readable image"),
+        ("half.webp", encoded(image_of((200, 200)), "WEBP")[:300], "is no readable image"),
+        ("half.tif", encoded(image_of((200, 200)), "TIFF")[:300], "is no readable image"),
+        ("one.png", encoded(image_of((1, 1)), "PNG"), ""),
+        ("thin.png", encoded(image_of((1, 90)), "PNG"), ""),
+        ("jpeg_inside.png", encoded(image_of(), "JPEG"), ""),
+        ("with spaces  .png", encoded(image_of(), "PNG"), ""),
+        ("quotes'\"`$(touch x);.png", encoded(image_of(), "PNG"), ""),
+        ("two\nlines.png", encoded(image_of(), "PNG"), ""),
+        (os.fsdecode(b"not utf-8 \xff.png"), encoded(image_of(), "PNG"), ""),
+    ],
+)
 def test_images_and_what_is_none(data, name, content, words):
     (data / "train" / WNIDS[1] / name).write_bytes(content)
     train = find_images(str(data))[0]
@@ -325,9 +374,17 @@ def test_one_image_under_two_names_is_one_image(data):
     assert (images[a] == images[b]).all()
 
 
-@pytest.mark.parametrize("cpus, processes, room, workers", [
-    (2, 1, 8e9, 2), (128, 8, 64e9, 16), (128, 1, 64e9, 16), (4, 8, 8e9, 1), (8, 1, 64e6, 0),
-    (8, 1, 300e6, 2)])
+@pytest.mark.parametrize(
+    "cpus, processes, room, workers",
+    [
+        (2, 1, 8e9, 2),
+        (128, 8, 64e9, 16),
+        (128, 1, 64e9, 16),
+        (4, 8, 8e9, 1),
+        (8, 1, 64e6, 0),
+        (8, 1, 300e6, 2),
+    ],
+)
 def test_workers_by_cpus_and_shared_memory(cpus, processes, room, workers, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cpus)), raising=False)
     monkeypatch.setattr(kit_data, "shared_memory", lambda: room)

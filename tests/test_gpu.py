@@ -1,5 +1,6 @@
 """A GPU that is only pretended: every stage on its device, and nothing that waits where it matters;
 and the paper's sizes on tensors without values: devices and memory."""
+
 import json
 import weakref
 from pathlib import Path
@@ -24,8 +25,9 @@ from sae import POOL_BYTES, ActivationBuffer, Training, train_sae
 def no_pinning(monkeypatch):
     """Pinned memory is the driver's."""
     loader = torch.utils.data.DataLoader
-    monkeypatch.setattr("dinov2_hooks.DataLoader", lambda *of, pin_memory, **more: loader(
-        *of, **more))
+    monkeypatch.setattr(
+        "dinov2_hooks.DataLoader", lambda *of, pin_memory, **more: loader(*of, **more)
+    )
     log.clear()
 
 
@@ -44,7 +46,11 @@ def test_the_pretended_gpu_raises_where_a_real_one_would():
         arrived.synchronize()
         assert torch.equal(copy, here)
         assert not isinstance(there.cpu(), OnGPU) and isinstance(there + 1, OnGPU)
-        for wrong in (lambda: here + there, lambda: there.numpy(), lambda: torch.cat([here, there])):
+        for wrong in (
+            lambda: here + there,
+            lambda: there.numpy(),
+            lambda: torch.cat([here, there]),
+        ):
             with pytest.raises((RuntimeError, TypeError), match="cuda:0"):
                 wrong()
 
@@ -70,8 +76,11 @@ def test_a_training_step_does_not_wait(tmp_path):
             buffer = ActivationBuffer(tmp_path / "x.npy", "cuda")
             assert buffer.pool_rows == ActivationBuffer(tmp_path / "x.npy").pool_rows  # or others
             train_sae(buffer, Training(epochs=epochs, batch_size=20), buffer.statistics())
-        counts.append(sum(waits("train_sae").values()) + sum(waits("loss_of").values())
-                      + sum(waits("batches").values()))
+        counts.append(
+            sum(waits("train_sae").values())
+            + sum(waits("loss_of").values())
+            + sum(waits("batches").values())
+        )
     # an epoch asks once whether each of four parameters is finite, and its order goes to the GPU
     assert counts[1] - counts[0] == 2 * (4 + 1)
 
@@ -100,7 +109,9 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
+        for storage in [
+            t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+        ]:
             if storage not in self.seen:
                 self.seen.add(storage)
                 self.add(storage.nbytes())

@@ -1,4 +1,5 @@
 """Hooks against DINOv2's own get_intermediate_layers, timm and a forward pass by hand."""
+
 import copy
 import functools
 import sys
@@ -11,9 +12,20 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import dinov2_hooks
-from dinov2_hooks import (HUB, BackboneError, ImageError, blocks_of, check_class_token, class_tokens,
-                          eval_transform, finish, load_backbone, record, relevancy_maps,
-                          transform_of)
+from dinov2_hooks import (
+    HUB,
+    BackboneError,
+    ImageError,
+    blocks_of,
+    check_class_token,
+    class_tokens,
+    eval_transform,
+    finish,
+    load_backbone,
+    record,
+    relevancy_maps,
+    transform_of,
+)
 from kit.demo import SmallViT
 
 
@@ -38,7 +50,9 @@ def test_tokens_equal_a_forward_pass_by_hand(vit):
 
 
 def test_hooks_are_removed_when_the_forward_pass_fails(vit):
-    with pytest.raises(BackboneError, match="takes no images of 1 x 16 x 16 .* another --transform"):
+    with pytest.raises(
+        BackboneError, match="takes no images of 1 x 16 x 16 .* another --transform"
+    ):
         class_tokens(vit, torch.randn(3, 1, 16, 16), [0])
     assert not any(block._forward_hooks for block in vit.blocks)
 
@@ -59,13 +73,21 @@ def load_dinov2(folder, shape):
             from dinov2.models.vision_transformer import DinoVisionTransformer
         finally:
             sys.path.remove(str(folder))
-        return DinoVisionTransformer(  # what makes vitg14 differ, at a small size; also as training code leaves it
-            img_size=518, patch_size=14, embed_dim=96, depth=4, num_heads=3, ffn_layer="swiglufused", init_values=1.0,
+        return DinoVisionTransformer(  # what makes vitg14 differ, at a small size
+            img_size=518,
+            patch_size=14,
+            embed_dim=96,
+            depth=4,
+            num_heads=3,
+            ffn_layer="swiglufused",
+            init_values=1.0,
             block_chunks=2 if shape == "swiglu_chunked" else 0,
         ).eval()
 
 
-@pytest.mark.parametrize("shape", ["dinov2_vits14", "dinov2_vits14_reg", "swiglu", "swiglu_chunked"])
+@pytest.mark.parametrize(
+    "shape", ["dinov2_vits14", "dinov2_vits14_reg", "swiglu", "swiglu_chunked"]
+)
 def test_dinov2_tokens_equal_its_intermediate_layers_to_the_bit(dinov2, shape, tmp_path):
     model = load_dinov2(dinov2, shape)
     images, depth = torch.randn(2, 3, 224, 224), len(blocks_of(model))
@@ -107,7 +129,9 @@ def test_recording_goes_on_where_it_was_interrupted(vit, tmp_path, monkeypatch):
     images.fails_at = 3  # the first two batches are there: they are not asked for again
     for rank in (1, 0):  # and in any order of two processes
         record(vit, images, tmp_path, [0, 2])
-        record(vit, images[:4] + Images(images[4:]), tmp_path / "shared", [0, 2], rank=rank, ranks=2)
+        record(
+            vit, images[:4] + Images(images[4:]), tmp_path / "shared", [0, 2], rank=rank, ranks=2
+        )
     for folder in (tmp_path, tmp_path / "shared"):
         finish(folder, [0, 2], 10, 24)
         names = {path.name for path in folder.iterdir() if path.is_file()}
@@ -153,7 +177,9 @@ def test_images_that_cannot_be_read(vit, tmp_path):
     with torch.inference_mode():
         expected = class_tokens(vit, torch.stack([images[i] for i in (0, 2, 3, 5)]), [1])[0]
     np.testing.assert_allclose(np.load(tmp_path / "layer_01.npy"), expected.half(), atol=2e-3)
-    assert (tmp_path / "left_out.json").read_text() == '{"1": "one is broken", "4": "four is broken"}'
+    assert (
+        tmp_path / "left_out.json"
+    ).read_text() == '{"1": "one is broken", "4": "four is broken"}'
     images[4] = torch.randn(3, 16, 16)
     record(vit, images, tmp_path, [2], skip_bad=True)
     with pytest.raises(ImageError, match="other images could be read"):
@@ -189,11 +215,16 @@ def test_a_patch_is_not_taken_for_the_class_token(vit):
             return torch.cat([x[:, 1:2], x[:, 1:]], dim=1)
 
     vit.blocks[0] = Late()
-    with pytest.raises(BackboneError, match="token 0 is not the class token in layers 0, 1 of this"):
+    with pytest.raises(
+        BackboneError, match="token 0 is not the class token in layers 0, 1 of this"
+    ):
         check_class_token(vit, image, [0, 1])
     with pytest.raises(BackboneError, match="has no cls_token"):
-        class_tokens(nn.ModuleDict({"blocks": nn.ModuleList([nn.Identity(), nn.Linear(1, 1)])}),
-                     torch.zeros(1, 3, 4, 4), [0])
+        class_tokens(
+            nn.ModuleDict({"blocks": nn.ModuleList([nn.Identity(), nn.Linear(1, 1)])}),
+            torch.zeros(1, 3, 4, 4),
+            [0],
+        )
 
 
 def test_a_bug_in_a_block_keeps_its_traceback(vit):
@@ -218,8 +249,15 @@ def test_eval_transform_is_dinov2s(dinov2):
         assert torch.equal(eval_transform()(picture), make_classification_eval_transform()(picture))
 
 
-@pytest.mark.parametrize("name", [
-    "vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch14_dinov2",
+        "vit_small_patch16_dinov3",
+        "deit3_small_patch16_224",
+    ],
+)
 def test_transform_is_the_one_timm_makes(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     from PIL import Image
@@ -241,7 +279,9 @@ def test_transform_is_dinov2s_where_the_model_says_nothing(vit):
 
 def test_load_backbone_from_a_local_folder(hub):
     model = load_backbone("small_vit", str(hub))
-    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    )
     for name, message in [
         ("dinov2_vitx14", "Cannot find callable dinov2_vitx14"),
         ("no_vit", "is no vision transformer with a class token"),
@@ -254,14 +294,18 @@ def test_load_backbone_from_a_local_folder(hub):
 def test_xformers_is_off_before_the_hubs_code_is_imported(tmp_path, monkeypatch):
     monkeypatch.delenv("XFORMERS_DISABLED", raising=False)
     (tmp_path / "hubconf.py").write_text(
-        "import os\noff = 'XFORMERS_DISABLED' in os.environ\ndef vit(): raise ValueError(f'off: {off}')")
+        "import os\noff = 'XFORMERS_DISABLED' in os.environ\n"
+        "def vit(): raise ValueError(f'off: {off}')"
+    )
     with pytest.raises(BackboneError, match="off: True"):
         load_backbone("vit", str(tmp_path))
 
 
 def test_hub_that_is_none(tmp_path):
     for hub in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BackboneError, match="is no folder with a hubconf.py, and no owner/name"):
+        with pytest.raises(
+            BackboneError, match="is no folder with a hubconf.py, and no owner/name"
+        ):
             load_backbone("small_vit", str(hub))
 
 
@@ -274,21 +318,26 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
         load_backbone("dinov2_vits14", HUB)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# relevancy maps
+# ---------------------------------------------------------------- relevancy maps
 
 
 def check_explicit_attention(model, images, grid):
-    """The explicit attention's tokens are the fused one's, and the model is afterwards what it was before."""
+    """The explicit attention's tokens are the fused one's, and the model is left as it was."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layers = range(len(blocks_of(model)))
     with torch.no_grad():
         before = class_tokens(model, images, layers)
     for layer in (0, layers[-1]):
         seen = []
-        maps = relevancy_maps(model, images, layer, lambda x: seen.append(x.detach()) or x[:, :5].sum(1))
+        maps = relevancy_maps(
+            model, images, layer, lambda x: seen.append(x.detach()) or x[:, :5].sum(1)
+        )
         assert (seen[0] - before[layer]).abs().max() <= 1e-5 * before[layer].abs().max()
-        assert maps.shape == (len(images), *grid) and (maps >= 0).all() and (maps.amax((1, 2)) > 0).all()
+        assert (
+            maps.shape == (len(images), *grid)
+            and (maps >= 0).all()
+            and (maps.amax((1, 2)) > 0).all()
+        )
     with pytest.raises(ZeroDivisionError):
         relevancy_maps(model, images, 0, lambda x: 1 / 0)
     with torch.no_grad():
@@ -297,7 +346,9 @@ def check_explicit_attention(model, images, grid):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("shape", ["dinov2_vits14", "dinov2_vits14_reg", "swiglu", "swiglu_chunked"])
+@pytest.mark.parametrize(
+    "shape", ["dinov2_vits14", "dinov2_vits14_reg", "swiglu", "swiglu_chunked"]
+)
 def test_explicit_attention_on_dinov2(dinov2, shape):
     model = load_dinov2(dinov2, shape).requires_grad_(False)
     check_explicit_attention(model, torch.randn(2, 3, 112, 112), (8, 8))
@@ -310,14 +361,19 @@ def test_explicit_attention_on_attention_returned_beside_the_output(vit):
             self.qkv, self.proj, self.num_heads = attn.qkv, attn.proj, attn.heads
 
         def forward(self, x):
-            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = (
+                self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            )
             attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
             return self.proj((attention @ v).transpose(1, 2).flatten(2)), attention
 
     images = torch.randn(2, 3, 16, 16)
     plain = relevancy_maps(vit, images, 2, lambda x: x[:, 0])
     for block in vit.blocks:
-        block.attn, block.forward = Beside(block.attn), lambda x, b=block: (y := x + b.attn(b.norm1(x))[0]) + b.mlp(b.norm2(y))
+        block.attn, block.forward = (
+            Beside(block.attn),
+            lambda x, b=block: (y := x + b.attn(b.norm1(x))[0]) + b.mlp(b.norm2(y)),
+        )
     check_explicit_attention(vit.requires_grad_(False), images, (4, 4))
     torch.testing.assert_close(relevancy_maps(vit, images, 2, lambda x: x[:, 0]), plain)
 
@@ -388,17 +444,28 @@ def check_map_by_finite_differences(model):
     first = attention.shape[1] - 16
     expected = []
     for column in (first, first + 6, first + 15):
-        slopes = torch.tensor([(nudged(head, column, step)[0] - nudged(head, column, -step)[0])
-                               / (2 * step) for head in range(len(attention))])
+        slopes = torch.tensor(
+            [
+                (nudged(head, column, step)[0] - nudged(head, column, -step)[0]) / (2 * step)
+                for head in range(len(attention))
+            ]
+        )
         expected.append((slopes * attention[:, column]).relu().mean())
     ours = relevancy_maps(model.requires_grad_(False), images, 0, score).flatten()[[0, 6, 15]]
     torch.testing.assert_close(ours, torch.stack(expected).double(), rtol=1e-4, atol=1e-12)
     assert ours.max() > 0
 
 
-@pytest.mark.parametrize("name", [
-    "vit_tiny_patch16_224", "deit3_small_patch16_224", "eva02_tiny_patch14_224",
-    "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit3_small_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch16_dinov3",
+    ],
+)
 def test_timms_models(name):
     """Tokens are those of timm's own intermediate layers, to the bit; maps are the formula's."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -407,8 +474,9 @@ def test_timms_models(name):
     model = timm.create_model(name, pretrained=False, num_classes=0, img_size=size, depth=3).eval()
     images = torch.randn(2, 3, size, size)
     with torch.inference_mode():
-        theirs = model.forward_intermediates(images, return_prefix_tokens=True, norm=False,
-                                             intermediates_only=True)
+        theirs = model.forward_intermediates(
+            images, return_prefix_tokens=True, norm=False, intermediates_only=True
+        )
         theirs = torch.stack([prefix[:, 0] for _, prefix in theirs])
         assert torch.equal(class_tokens(model, images, range(len(theirs))), theirs)
     check_map_by_finite_differences(model)
@@ -425,7 +493,8 @@ def test_a_model_without_class_token_is_refused_by_name(name, tmp_path):
     pytest.importorskip("timm", reason="timm is not installed")
     (tmp_path / "hubconf.py").write_text(
         f"import timm, torch\ndef {name}():\n    with torch.device('meta'):\n"
-        f"        return timm.create_model({name!r}, pretrained=False)\n")
+        f"        return timm.create_model({name!r}, pretrained=False)\n"
+    )
     with pytest.raises(BackboneError, match=f"{name} is no vision transformer with a class token"):
         load_backbone(name, str(tmp_path))
 
@@ -442,12 +511,20 @@ def test_attention_of_another_kind_is_refused(vit):
 
 
 def test_relevancy_against_finite_differences():
-    """The rollout by its formula, with dscore/dA by nudging every entry of every attention matrix."""
+    """The rollout by its formula, with dscore/dA by nudging every entry of every attention."""
     torch.manual_seed(1)
-    vit = SmallViT(classes=2, size=8, patch=4, width=8, depth=3, heads=2).double().requires_grad_(False)
+    vit = (
+        SmallViT(classes=2, size=8, patch=4, width=8, depth=3, heads=2)
+        .double()
+        .requires_grad_(False)
+    )
     for parameter in vit.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.4)
-    image, direction, layer = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64), 1
+    image, direction, layer = (
+        torch.randn(1, 3, 8, 8, dtype=torch.float64),
+        torch.randn(8, dtype=torch.float64),
+        1,
+    )
 
     def forward(nudge=None):  # -> score, attentions; nudge = (block, head, row, column, by)
         x = vit.patch_embed(image).flatten(2).transpose(1, 2)
@@ -470,7 +547,9 @@ def test_relevancy_against_finite_differences():
             for row in range(5):
                 for column in range(5):
                     up, down = (forward((i, h, row, column, by))[0] for by in (step, -step))
-                    weighted[row, column] += torch.relu((up - down) / (2 * step) * attention[h, row, column]) / 2
+                    weighted[row, column] += (
+                        torch.relu((up - down) / (2 * step) * attention[h, row, column]) / 2
+                    )
         R = R + weighted @ R
     ours = relevancy_maps(vit, image, layer, lambda x: torch.tanh(x @ direction))
     torch.testing.assert_close(ours[0].flatten(), R[0, 1:], rtol=1e-5, atol=1e-9)
@@ -479,7 +558,9 @@ def test_relevancy_against_finite_differences():
 def test_relevancy_in_a_batch_is_relevancy_one_by_one(vit):
     images = torch.randn(4, 3, 16, 16)
     together = relevancy_maps(vit, images, 2, lambda x: torch.relu(x[:, 3]))
-    alone = torch.cat([relevancy_maps(vit, image[None], 2, lambda x: torch.relu(x[:, 3])) for image in images])
+    alone = torch.cat(
+        [relevancy_maps(vit, image[None], 2, lambda x: torch.relu(x[:, 3])) for image in images]
+    )
     torch.testing.assert_close(together, alone)
 
 
@@ -490,6 +571,7 @@ def test_gpu_tokens_are_the_cpus_up_to_autocast(vit, tmp_path):
         files = TokenFiles(tmp_path / device, [2], 10, 24, precision)
         files.record(vit.to(device), images, 0)
         files.sync()
-    cpu, gpu = (np.load(tmp_path / device / "layer_02.npy").astype(np.float32)
-                for device in ("cpu", "cuda"))
+    cpu, gpu = (
+        np.load(tmp_path / device / "layer_02.npy").astype(np.float32) for device in ("cpu", "cuda")
+    )
     assert np.linalg.norm(gpu - cpu) < 0.02 * np.linalg.norm(cpu)

@@ -1,4 +1,5 @@
-"""Publishing SAEs and scoring published ones: the real huggingface_hub, against a small stand-in for the Hub's HTTP API."""
+"""Publishing SAEs and scoring published ones: huggingface_hub against a stand-in for the Hub."""
+
 import base64
 import hashlib
 import json
@@ -19,7 +20,7 @@ from sae import SparseAutoencoder
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks for to make a repository, commit to it and fetch from it. Tokens: "write", "read"."""
+    """What huggingface_hub asks for to make a repository, commit to it and fetch from it."""
 
     def answer(self, status, content=b"", **headers):
         content = json.dumps(content).encode() if isinstance(content, (dict, list)) else content
@@ -31,20 +32,45 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def do_GET(self):
-        repos, token, path = self.server.repos, self.headers.get("Authorization"), self.path.partition("?")[0]
+        repos, token, path = (
+            self.server.repos,
+            self.headers.get("Authorization"),
+            self.path.partition("?")[0],
+        )
         if path == "/api/whoami-v2":
-            return self.answer(200, {"name": "me", "type": "user"}) if token in TOKENS else self.answer(401)
-        if (match := re.fullmatch(r"/api/models/(\w+/\w+)(/revision/\w+)?", path)) and match[1] in repos:
+            return (
+                self.answer(200, {"name": "me", "type": "user"})
+                if token in TOKENS
+                else self.answer(401)
+            )
+        if (match := re.fullmatch(r"/api/models/(\w+/\w+)(/revision/\w+)?", path)) and match[
+            1
+        ] in repos:
             files = [{"rfilename": name} for name in repos[match[1]]]
             return self.answer(200, {"id": match[1], "sha": SHA, "siblings": files})
-        if (match := re.fullmatch(r"/api/models/(\w+/\w+)/tree/\w+(/.*)?", path)) and match[1] in repos:
-            return self.answer(200, [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in repos[match[1]].items() if name.startswith((match[2] or "")[1:])
-            ])
-        if (match := re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.*)", path)) and match[2] in repos.get(match[1], {}):
+        if (match := re.fullmatch(r"/api/models/(\w+/\w+)/tree/\w+(/.*)?", path)) and match[
+            1
+        ] in repos:
+            return self.answer(
+                200,
+                [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": len(content),
+                        "oid": hashlib.sha1(content).hexdigest(),
+                    }
+                    for name, content in repos[match[1]].items()
+                    if name.startswith((match[2] or "")[1:])
+                ],
+            )
+        if (match := re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.*)", path)) and match[2] in repos.get(
+            match[1], {}
+        ):
             content = repos[match[1]][match[2]]
-            return self.answer(200, content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+            return self.answer(
+                200, content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha1(content).hexdigest()}"'
+            )
         self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -55,18 +81,31 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(403, {"error": "this token may only read"})
         if self.path == "/api/repos/create":
             repos.setdefault(f"me/{json.loads(body)['name']}", {})
-            return self.answer(200, {"url": f"https://huggingface.co/me/{json.loads(body)['name']}"})
+            return self.answer(
+                200, {"url": f"https://huggingface.co/me/{json.loads(body)['name']}"}
+            )
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if re.search("/preupload/main$", self.path):
             asked = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer(200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in asked]})
+            return self.answer(
+                200,
+                {
+                    "files": [
+                        {"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in asked
+                    ]
+                },
+            )
         if match := re.fullmatch(r"/api/models/(\w+/\w+)/commit/main", self.path):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    repos[match[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    repos[match[1]][line["value"]["path"]] = base64.b64decode(
+                        line["value"]["content"]
+                    )
             url = f"https://huggingface.co/{match[1]}/commit/{SHA}"
-            return self.answer(200, {"success": True, "commitOid": SHA, "commitUrl": url, "hookOutput": ""})
+            return self.answer(
+                200, {"success": True, "commitOid": SHA, "commitUrl": url, "hookOutput": ""}
+            )
         self.answer(404)
 
     def log_message(self, *of):
@@ -103,8 +142,12 @@ def at(server, tmp_path, *runs):
         "                arguments[1], subfolder=arguments[2]).about)\n"
         "    print('\\0' + json.dumps([code, said.getvalue()]), flush=True)\n"
     )
-    environment = {**os.environ, "HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "hf"),
-                   "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = [sys.executable, "-c", code, json.dumps(runs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     found = [json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("\0")]
@@ -124,9 +167,16 @@ def test_published_loaded_and_scored(data, hub, tmp_path, work, server):
     publish = small_run(data, hub, "--layers", "0,2", "--push-to-hub", "me/saes")
     score = small_run(data, hub, "--layers", "0,2", "--out", "scored", "--saes", "me/saes")
     *outcomes, (code, said), (_, about), (scored, again), nothing, lacking = at(
-        address, tmp_path, (None, publish), ("wrong", publish), ("read", publish),
-        ("write", publish), (None, ["load", "me/saes", "layer_02"]), (None, score),
-        (None, [*score[:-1], "me/nothing"]), (None, [*score, "--layers", "1"]),
+        address,
+        tmp_path,
+        (None, publish),
+        ("wrong", publish),
+        ("read", publish),
+        ("write", publish),
+        (None, ["load", "me/saes", "layer_02"]),
+        (None, score),
+        (None, [*score[:-1], "me/nothing"]),
+        (None, [*score, "--layers", "1"]),
     )
     for outcome, words in zip(outcomes, ("hf auth login", "hf auth login", "403")):
         assert "--push-to-hub me/saes: " in sentence(outcome) and words in sentence(outcome)
@@ -161,8 +211,11 @@ def test_the_hub_out_of_reach(data, hub, work, capsys, monkeypatch):
     monkeypatch.setattr("kit.hub.snapshot_download", refuse)
     monkeypatch.setattr("kit.hub.HfApi.whoami", refuse)
     for option in ("--saes", "--push-to-hub"):
-        refused(capsys, small_run(data, hub, option, "me/saes"),
-                f"{option} me/saes: [Errno 111] Connection refused")
+        refused(
+            capsys,
+            small_run(data, hub, option, "me/saes"),
+            f"{option} me/saes: [Errno 111] Connection refused",
+        )
 
 
 def tables(out):

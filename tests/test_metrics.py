@@ -1,4 +1,5 @@
 """Scores against closed forms, brute force, hand-made cases and planted latents."""
+
 import itertools
 
 import numpy as np
@@ -8,8 +9,18 @@ import torch
 import metrics
 from kit.readings import readings
 from kit.rows import best_latents, hypernym_rows, latent_rows, matched_sets
-from metrics import (Profile, Relations, dictionaries_of, kappa, linear_probe,
-                     profile_latents, reconstruct, relate, responses_of, sparse_units)
+from metrics import (
+    Profile,
+    Relations,
+    dictionaries_of,
+    kappa,
+    linear_probe,
+    profile_latents,
+    reconstruct,
+    relate,
+    responses_of,
+    sparse_units,
+)
 from sae import ActivationBuffer, SparseAutoencoder
 from taxonomy import Synset, Taxonomy, imagenet1k
 
@@ -60,7 +71,9 @@ def test_profile_against_brute_force():
     z = np.maximum(z, 0).astype(np.float32)
     labels = rng.integers(0, classes, images)
     for batch_size, given in ((1, labels), (50, labels.tolist()), (1000, torch.from_numpy(labels))):
-        profile = profile_latents(lambda x: x, torch.from_numpy(z).split(batch_size), given, classes)
+        profile = profile_latents(
+            lambda x: x, torch.from_numpy(z).split(batch_size), given, classes
+        )
         for latent in range(latents):
             fires = z[:, latent] > 0
             assert profile.fires[latent] == sum(fires)
@@ -77,7 +90,9 @@ def test_profile_against_brute_force():
                     here = set(top.tolist()) & set(mine.tolist())
                     assert all(profile.top_halves[latent][top == i] == half for i in here)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):  # of an encoder's output
-        cast = profile_latents(lambda x: x.to(dtype), torch.from_numpy(z).split(50), labels, classes)
+        cast = profile_latents(
+            lambda x: x.to(dtype), torch.from_numpy(z).split(50), labels, classes
+        )
         assert (cast.counts - profile.counts).abs().max() <= 1  # a tiny value may round to zero
     with pytest.raises(ValueError, match="229 labels for 230 tokens"):
         profile_latents(lambda x: x, torch.from_numpy(z).split(50), labels[1:], classes)
@@ -107,12 +122,14 @@ def test_baselines_have_the_rates_of_the_sae_dealt_at_random(expansion):
     sae.requires_grad_(False)
     of_sae, of_neurons, of_untrained = (
         (dictionary.encode(tokens) > 0).sum(0)
-        for dictionary in dictionaries_of(sae, tokens, mean, seed=3))
+        for dictionary in dictionaries_of(sae, tokens, mean, seed=3)
+    )
     assert (of_sae == 0).any() and (of_sae > 0).any()
     assert (of_untrained.sort().values - of_sae.sort().values).abs().max() <= 1
     assert not torch.equal(of_untrained, of_sae)
     assert len(of_neurons) == 24 and set(of_neurons.tolist()) <= {
-        count + rounding for count in of_sae.tolist() for rounding in (-1, 0, 1)}
+        count + rounding for count in of_sae.tolist() for rounding in (-1, 0, 1)
+    }
     torch.manual_seed(3)
     began = SparseAutoencoder(12, 12 * expansion).W_enc
     untrained = dictionaries_of(sae, tokens, mean, seed=3)[2].encode(mean + 1e6 * began)
@@ -122,7 +139,13 @@ def test_baselines_have_the_rates_of_the_sae_dealt_at_random(expansion):
 @pytest.fixture
 def small_tree():
     """root > (animal > (dog > d1 d2, cat > c1 c2), thing > t1 t2 t3 t4)"""
-    up = {"root": (), "animal": ("root",), "dog": ("animal",), "cat": ("animal",), "thing": ("root",)}
+    up = {
+        "root": (),
+        "animal": ("root",),
+        "dog": ("animal",),
+        "cat": ("animal",),
+        "thing": ("root",),
+    }
     up |= {"d1": ("dog",), "d2": ("dog",), "c1": ("cat",), "c2": ("cat",)}
     up |= {f"t{i}": ("thing",) for i in (1, 2, 3, 4)}
     graph = {v: Synset(v, above) for v, above in up.items()}
@@ -138,8 +161,14 @@ def hand_made(tree, top, rate, rate_B=None):
             counts[half, 0, index[name]] = 100 * value
     classes = torch.tensor([[index[name] for name in top]])
     images = torch.full((2, len(index)), 100.0)
-    return Profile(torch.zeros_like(classes), classes, torch.zeros_like(classes), torch.tensor([99]),
-                   counts, images)
+    return Profile(
+        torch.zeros_like(classes),
+        classes,
+        torch.zeros_like(classes),
+        torch.tensor([99]),
+        counts,
+        images,
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,22 +177,50 @@ def hand_made(tree, top, rate, rate_B=None):
         # fires on dogs only: two of six pairs are of one class, four meet in dog
         (["d1", "d1", "d2", "d2"], {"d1": 0.9, "d2": 0.5}, "dog", 1, 4 / 6, 1, 1, 1, "dog"),
         # one stray image sends the set's LCH to the root
-        (["d1", "d2", "d1", "t1"], {"d1": 1, "d2": 1}, "root", 3, (1 + 0 + 1 + 3 * 3) / 6, 11 / 5,
-         2 / 8, 1, "dog"),
+        (
+            ["d1", "d2", "d1", "t1"],
+            {"d1": 1, "d2": 1},
+            "root",
+            3,
+            (1 + 0 + 1 + 3 * 3) / 6,
+            11 / 5,
+            2 / 8,
+            1,
+            "dog",
+        ),
         # one class: height 0, no pairs between classes, and the match is the class itself
         (["t3", "t3", "t3", "t3"], {"t3": 0.7, "t1": 0.49}, "t3", 0, 0, np.nan, 1, 1, "t3"),
         # three of four animals: Jaccard 3/4 with animal, 2/3 with dog
-        (["d1", "d2", "c1", "c1"], {"d1": 1, "d2": 1, "c1": 1}, "animal", 2, (1 + 2 * 4 + 0) / 6,
-         9 / 5, 3 / 4, 3 / 4, "animal"),
+        (
+            ["d1", "d2", "c1", "c1"],
+            {"d1": 1, "d2": 1, "c1": 1},
+            "animal",
+            2,
+            (1 + 2 * 4 + 0) / 6,
+            9 / 5,
+            3 / 4,
+            3 / 4,
+            "animal",
+        ),
         # responds to nothing
         (["d1", "d2", "c1", "c2"], {"d1": 0.4}, "animal", 2, 10 / 6, 10 / 6, 0, 0, None),
-        # dense: full coverage for nothing, but the match is with the root, which is no hypernym found
-        (["d1", "t1", "d2", "t2"], {c: 1 for c in "d1 d2 c1 c2 t1 t2 t3 t4".split()}, "root", 3,
-         14 / 6, 14 / 6, 1, 1, "root"),
+        # dense: full coverage for nothing, and the match is with the root, no hypernym found
+        (
+            ["d1", "t1", "d2", "t2"],
+            {c: 1 for c in "d1 d2 c1 c2 t1 t2 t3 t4".split()},
+            "root",
+            3,
+            14 / 6,
+            14 / 6,
+            1,
+            1,
+            "root",
+        ),
     ],
 )
-def test_scores_by_hand(small_tree, top, rate, lch, height, pairwise, between, coverage, match,
-                        match_node):
+def test_scores_by_hand(
+    small_tree, top, rate, lch, height, pairwise, between, coverage, match, match_node
+):
     scores = score_hierarchy(hand_made(small_tree, top, rate), small_tree, k=4)
     assert small_tree.wnids[scores.lch[0]] == lch and scores.height[0] == height
     assert scores.height_pairwise[0] == pytest.approx(pairwise)
@@ -173,7 +230,9 @@ def test_scores_by_hand(small_tree, top, rate, lch, height, pairwise, between, c
     inner = {"animal", "dog", "cat", "thing"}  # not the root: it has all 8
     by_name = dict(zip((small_tree.wnids[v] for v in scores.hypernyms), scores.hypernym_match))
     assert set(by_name) == inner and by_name.get(match_node, match) == pytest.approx(match)
-    is_lch = {small_tree.wnids[v] for v, found in zip(scores.hypernyms, scores.hypernym_lch) if found}
+    is_lch = {
+        small_tree.wnids[v] for v, found in zip(scores.hypernyms, scores.hypernym_lch) if found
+    }
     assert is_lch == inner & {lch}
 
 
@@ -235,7 +294,9 @@ def test_planted_latents_recover_every_hypernym_of_imagenet():
     rows = latent_rows(0, scores, profile, responses_of(profile), tree)
     for row in rows[::29]:
         if half[row["latent"]]:
-            assert row["hypernym"] == tree.names[tree.hypernyms[row["latent"]]] and row["match"] == 1
+            assert (
+                row["hypernym"] == tree.names[tree.hypernyms[row["latent"]]] and row["match"] == 1
+            )
     for latent in range(0, z.shape[1], 37):  # the LCH of top images is at or below the node
         assert not (tree.leaves[scores.lch[latent]] & ~tree.leaves[tree.hypernyms[latent]]).any()
     order = np.random.default_rng(0).permutation(1000)
@@ -272,8 +333,9 @@ def test_held_out_matches_against_sets_of_images(seed):
         under = set(np.flatnonzero(tree.leaves[v]).tolist())
         return len(responds & under) / len(responds | under)
 
-    for v, latent, match_B, matched in zip(scores.hypernyms, scores.hypernym_latent,
-                                           scores.hypernym_match, scores.hypernym_matched):
+    for v, latent, match_B, matched in zip(
+        scores.hypernyms, scores.hypernym_latent, scores.hypernym_match, scores.hypernym_matched
+    ):
         on_A = {}
         for i in scores.latents:
             fires = [image for image in halves[0] if z[image, i] > 0]
@@ -307,8 +369,13 @@ def test_permuted_trees_against_a_relabelled_graph():
     order = rng.permutation(20)
     assert (order[order] != np.arange(20)).any()  # it is not its own inverse
     for v, wnid in enumerate(tree.wnids):
-        covers = [u for u in range(len(tree.wnids)) if u != v and tree.depth[u] == tree.depth[v] - 1
-                  and (tree.leaves[u] >= tree.leaves[v]).all()]
+        covers = [
+            u
+            for u in range(len(tree.wnids))
+            if u != v
+            and tree.depth[u] == tree.depth[v] - 1
+            and (tree.leaves[u] >= tree.leaves[v]).all()
+        ]
         graph[wnid] = Synset(tree.names[v], tuple(tree.wnids[u] for u in covers[:1]))
     plain = Taxonomy.from_graph(graph, wnids)
     exchanged = dict(graph)
@@ -357,7 +424,8 @@ def test_pairwise_heights_and_readings_against_loops():
             ("height", "longest path, of the set", "set"),
             ("height", "longest path, over pairs", "pairs"),
             ("height", "longest path, between classes", "between"),
-            ("height", "depth, over pairs", "depth"), ("height", "shortest path, of the set", "short"),
+            ("height", "depth, over pairs", "depth"),
+            ("height", "shortest path, of the set", "short"),
             ("coverage", "of its LCH, R = any", "any"),
             ("coverage", "of its LCH, R = top images", "top"),
         ]:
@@ -414,35 +482,54 @@ def test_no_relations_where_nothing_is_matched():
 def test_probe_on_separable_and_on_random_labels(tmp_path):
     rng = np.random.default_rng(0)
     centres, labels = rng.normal(size=(10, 32)), rng.integers(0, 10, 3000)
-    tokens = np.hstack([  # separable once standardised: a loud coordinate, a constant
-        centres[labels] + 0.2 * rng.normal(size=(3000, 32)), 1e3 * rng.normal(size=(3000, 1)),
-        np.ones((3000, 1))]).astype(np.float16)
+    tokens = np.hstack(
+        [  # separable once standardised: a loud coordinate, a constant
+            centres[labels] + 0.2 * rng.normal(size=(3000, 32)),
+            1e3 * rng.normal(size=(3000, 1)),
+            np.ones((3000, 1)),
+        ]
+    ).astype(np.float16)
     np.save(tmp_path / "tokens.npy", tokens[:2000])
     about = ActivationBuffer(tmp_path / "tokens.npy").statistics()
 
     def accuracy(train, labels_of_train):
-        probe = linear_probe(train, labels_of_train, 10, about.mean, about.variance, least_steps=600)
+        probe = linear_probe(
+            train, labels_of_train, 10, about.mean, about.variance, least_steps=600
+        )
         val = torch.from_numpy(tokens[2000:]).float()
         return float((probe(val).argmax(1) == torch.from_numpy(labels[2000:])).float().mean())
 
     from_disk = accuracy(np.load(tmp_path / "tokens.npy", mmap_mode="r"), labels[:2000])
     assert from_disk > 0.99 and from_disk == accuracy(tokens[:2000], labels[:2000].tolist())
-    assert accuracy(tokens[:2000], rng.permutation(labels[:2000])) < 0.35  # luck: a majority's label
+    assert (
+        accuracy(tokens[:2000], rng.permutation(labels[:2000])) < 0.35
+    )  # luck: a majority's label
 
 
 @pytest.fixture
 def three_layers():
     """A taxonomy, and best latents by layer: toy dog is matched from 4 on, carnivore in 2 and 6."""
-    tree = Taxonomy.from_wnids(["n02085620", "n02085782", "n02123045", "n02690373", "n02701002",
-                                "n01440764"])
-    dog, domestic = (tree.wnids[tree.names.index(name)]
-                     for name in ("toy_dog.n.01", "carnivore.n.01"))
+    tree = Taxonomy.from_wnids(
+        ["n02085620", "n02085782", "n02123045", "n02690373", "n02701002", "n01440764"]
+    )
+    dog, domestic = (
+        tree.wnids[tree.names.index(name)] for name in ("toy_dog.n.01", "carnivore.n.01")
+    )
     layers = {}
-    for layer, of_layer in {2: {domestic: 0.6}, 4: {dog: 0.7, domestic: 0.5},
-                            6: {dog: 0.9, domestic: 0.8}}.items():
+    for layer, of_layer in {
+        2: {domestic: 0.6},
+        4: {dog: 0.7, domestic: 0.5},
+        6: {dog: 0.9, domestic: 0.8},
+    }.items():
         layers[layer] = {
-            wnid: {"match": match, "matched": match > 0.5, "latent": 10 * layer,
-                   "lch": "toy_dog.n.01"} for wnid, match in of_layer.items()}
+            wnid: {
+                "match": match,
+                "matched": match > 0.5,
+                "latent": 10 * layer,
+                "lch": "toy_dog.n.01",
+            }
+            for wnid, match in of_layer.items()
+        }
     return tree, layers
 
 
@@ -469,19 +556,37 @@ def test_kappa_by_brute_force(three_layers):
         assert result[a, b] == pytest.approx((observed - chance) / (1 - chance))
     assert np.isnan(result[4]).all() and np.isnan(result[:, 4]).all()  # nothing is matched
     assert matched_sets(list(three_layers[1].values()), three_layers[0]).sum(1).tolist() == [
-        1, 1, 2]
+        1,
+        1,
+        2,
+    ]
 
 
 def test_rows_of_latents_and_best_latents(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "d1", "d1"], {"d1": 1, "d2": 0.6})
     scores = score_hierarchy(profile, small_tree, k=4)
     best = best_latents(scores, profile, responses_of(profile, 4), small_tree)
-    assert best["dog"] == {"match": 1.0, "matched": True, "latent": 0, "lch": "dog", "k": 4,
-                           "top_images": [0, 0, 0, 0], "responds": [0, 1]}
+    assert best["dog"] == {
+        "match": 1.0,
+        "matched": True,
+        "latent": 0,
+        "lch": "dog",
+        "k": 4,
+        "top_images": [0, 0, 0, 0],
+        "responds": [0, 1],
+    }
     assert not best["animal"]["matched"] and "cat" not in best
     (row,) = latent_rows(7, scores, profile, responses_of(profile, 4), small_tree)
-    assert row == {"layer": 7, "latent": 0, "fires": 99, "lch": "dog", "lch_height_between": 1.0,
-                   "hypernym": "dog", "match": 1.0, "classes": "d1 d2"}
+    assert row == {
+        "layer": 7,
+        "latent": 0,
+        "fires": 99,
+        "lch": "dog",
+        "lch_height_between": 1.0,
+        "hypernym": "dog",
+        "match": 1.0,
+        "classes": "d1 d2",
+    }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

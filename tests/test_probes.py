@@ -1,4 +1,5 @@
-"""Hypernym probes against a plain loop over thresholds, ridge regression by NumPy, planted units."""
+"""Hypernym probes against a loop over thresholds, ridge regression by NumPy, planted units."""
+
 import numpy as np
 import pytest
 import torch
@@ -42,8 +43,9 @@ def test_probes_against_numpy(tmp_path):
     codes = rng.normal(size=(20, 9))
     tokens = {split: 3 + codes[y] + rng.normal(size=(len(y), 9)) for split, y in labels.items()}
     train, val = buffers(tmp_path, tokens["train"], tokens["val"])
-    hits = hypernym_probes(lambda x: x, train, labels["train"], val, labels["val"], {"": TREE},
-                           counts=(1, 4, None))
+    hits = hypernym_probes(
+        lambda x: x, train, labels["train"], val, labels["val"], {"": TREE}, counts=(1, 4, None)
+    )
     x, x_val = (np.load(tmp_path / f"{split}.npy").astype(float) for split in ("train", "val"))
     mean, deviation = x.mean(0), x.std(0)
     x, x_val = (x - mean) / deviation, (x_val - mean) / deviation
@@ -53,7 +55,9 @@ def test_probes_against_numpy(tmp_path):
             under = TREE.leaves[v][labels["train"]]
             units = np.argsort(-abs(x[under].mean(0)))[:count]
             z = x[:, units]
-            weights = np.linalg.solve(z.T @ z + 0.5 * np.eye(z.shape[1]), z.T @ (under - under.mean()))
+            weights = np.linalg.solve(
+                z.T @ z + 0.5 * np.eye(z.shape[1]), z.T @ (under - under.mean())
+            )
             values = z @ weights
             best = max(sorted(values), key=lambda t: overlap(values >= t, under))
             yes = x_val[:, units] @ weights >= best

@@ -1,4 +1,5 @@
 """Whole runs of reproduce.py on small images: its tables, what is made again, what is refused."""
+
 import csv
 import json
 import multiprocessing
@@ -49,27 +50,32 @@ def test_whole_run(data, hub, capsys):
     columns = {
         "layers": "layer seed width gamma probe_top1 nmse fvu l0 dead probe_on_reconstruction",
         "hierarchy": "layer seed dictionary tree alive single_class lch_height lch_height_pairwise "
-                     "lch_height_between coverage match ontology_covered hypernyms_lch "
-                     "hypernyms_matched",
-        "relations": "layer seed dictionary related_pairs related expected unrelated_pairs unrelated "
-                     "absorption",
+        "lch_height_between coverage match ontology_covered hypernyms_lch "
+        "hypernyms_matched",
+        "relations": "layer seed dictionary related_pairs related expected unrelated_pairs "
+        "unrelated absorption",
         "readings": "claim reading layer seed value permuted",
         "probes": "layer seed dictionary units tree iou iou_small above_half best",
         "claims": "claim about_hierarchy verdict seeds value permuted spread low high p_value "
-                  "statistic",
+        "statistic",
         "latents": "layer latent fires lch lch_height_between hypernym match classes",
         "hypernyms": "wnid name classes height emergence_layer best_layer best_latent match lch",
-        "consistency": "layer_a layer_b kappa"}
+        "consistency": "layer_a layer_b kappa",
+    }
     for name, expected in columns.items():
         assert list(read_csv(name)[0]) == expected.split(), name
     layers, hierarchy = read_csv("layers"), read_csv("hierarchy")
     assert [row["layer"] for row in layers] == ["0", "1", "2"]
     assert [(row["dictionary"], row["tree"]) for row in hierarchy[:6]] == [
-        (name, tree) for name in ("sae", "neurons", "untrained") for tree in ("wordnet", "permuted")]
+        (name, tree) for name in ("sae", "neurons", "untrained") for tree in ("wordnet", "permuted")
+    ]
     assert len(read_csv("readings")) == 3 * (36 + 20 + 3)
     assert len(read_csv("probes")) == 3 * (3 * 3 + 1) * 2
-    alive = [int(row["alive"]) for row in hierarchy
-             if (row["dictionary"], row["tree"]) == ("sae", "wordnet")]
+    alive = [
+        int(row["alive"])
+        for row in hierarchy
+        if (row["dictionary"], row["tree"]) == ("sae", "wordnet")
+    ]
     assert len(read_csv("latents")) == sum(alive)
     assert {row["verdict"] for row in read_csv("claims")} == {"too few classes", "no test"}
     said = capsys.readouterr().out
@@ -80,8 +86,9 @@ def test_whole_run(data, hub, capsys):
     (folder,) = Path("out/saes").iterdir()
     assert folder.name.startswith("relu-l1_0.1-centred-seed_0-")
     sae = SparseAutoencoder.from_pretrained(folder / "layer_01")
-    train, val = (np.load(f"out/tokens/{split}/layer_01.npy").astype(np.float64)
-                  for split in ("train", "val"))
+    train, val = (
+        np.load(f"out/tokens/{split}/layer_01.npy").astype(np.float64) for split in ("train", "val")
+    )
     np.testing.assert_allclose(sae.shift.numpy(), train.mean(0), rtol=1e-5, atol=1e-6)
     x = torch.from_numpy(val).float()
     fvu = ((sae(x)[0] - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
@@ -134,13 +141,19 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
     assert main(run) == 0
     before = made()
     assert main(run) == 0 and not made_again(before)
-    assert change("sae.py", "    z = sae.latents(x)  # (B, m)", "    z = sae.latents(x)  # why") == set()
+    assert (
+        change("sae.py", "    z = sae.latents(x)  # (B, m)", "    z = sae.latents(x)  # why")
+        == set()
+    )
     assert change("sae.py", '"""x̃ (B, n) -> its loss, with λ = l1"""', '"""another"""') == set()
     assert change("reproduce.py", "VAL_BATCH = 2048", "VAL_BATCH = 1024") == {"scores"}
     assert change("metrics.py", "axes, -axes", "-axes, axes") == {"scores"}
     assert change("sae.py", "l1 * sparsity", "2 * l1 * sparsity") == {"saes", "scores"}
-    for more, stages in ((["--layers", "1,2"], {"tokens", "saes", "scores"}), (["--top-k", "3"], {
-            "scores"}), (["--l1", "0.3"], {"saes", "scores"})):
+    for more, stages in (
+        (["--layers", "1,2"], {"tokens", "saes", "scores"}),
+        (["--top-k", "3"], {"scores"}),
+        (["--l1", "0.3"], {"saes", "scores"}),
+    ):
         before = made()
         assert main([*run, *more]) == 0 and made_again(before) == stages
         assert before.items() <= made().items()  # nothing old is lost
@@ -153,7 +166,9 @@ def test_tokens_of_something_else_are_refused(data, hub, capsys):
     before = made()
     refused(capsys, [*run, "--images-per-class", 9], "out/tokens", "training images: 48, now 36")
     refused(capsys, [*run, "--backbone", "chunked_vit"], "backbone: small_vit, now chunked_vit")
-    refused(capsys, [*run, "--precision", "float16"], f"precision: {fast_precision('cpu')}, now float16")
+    refused(
+        capsys, [*run, "--precision", "float16"], f"precision: {fast_precision('cpu')}, now float16"
+    )
     write_images(data / "train" / WNIDS[0], 12, seed=9)
     refused(capsys, run, "recorded with other images", "give another --out, or delete")
     assert made() == before
@@ -179,7 +194,7 @@ def run_until(before, run):
 
 
 def test_killed_at_many_writes_the_results_are_the_same_to_the_byte(data, hub):
-    """Every file is renamed into its place: the run is killed before the Nth of these, and goes on."""
+    """Every file is renamed into its place: the run is killed before the Nth, and goes on."""
     assert main(small_run(data, hub, "--layers", "0,2", "--out", "whole")) == 0
     codes, run = [], small_run(data, hub, "--layers", "0,2", "--out", "killed")
     for before in (2, 4, 5, 3, 2, 4, 1, 0):  # the last is not killed
@@ -193,9 +208,14 @@ def test_killed_at_many_writes_the_results_are_the_same_to_the_byte(data, hub):
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(data, hub, capsys, monkeypatch):
     run = small_run(data, hub, "--layers", "1")
-    for stage, name in (("tokens", "layer_01"), ("saes", "layer_01"), ("scores", "layer_01"),
-                        ("results", "relu")):
+    for stage, name in (
+        ("tokens", "layer_01"),
+        ("saes", "layer_01"),
+        ("scores", "layer_01"),
+        ("results", "relu"),
+    ):
         with monkeypatch.context() as patch:
+
             def full(path, target, replace=Path.replace):
                 if f"/{stage}/" in str(path) and name in path.name:
                     raise OSError(28, "No space left on device", str(path))
@@ -216,8 +236,13 @@ def test_seeds_and_their_spread(data, hub):
 
 
 def test_mean_and_spread():
-    for values, text in (([540.0, 560], "550 ± 10"), ([0.5], "0.5"), ([2, 2], "2"),
-                         ([0.123, 0.125], "0.1240 ± 0.0010"), ([7.0, 9], "8.0 ± 1.0")):
+    for values, text in (
+        ([540.0, 560], "550 ± 10"),
+        ([0.5], "0.5"),
+        ([2, 2], "2"),
+        ([0.123, 0.125], "0.1240 ± 0.0010"),
+        ([7.0, 9], "8.0 ± 1.0"),
+    ):
         assert mean_and_spread(values) == text
 
 
@@ -233,24 +258,28 @@ def test_layers_and_batch_sizes():
         assert rows * 50 // batch_size(rows) >= 1500 or batch_size(rows) == 16
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--layers", "3"], "out of range, the backbone has layers 0 to 2"),
-    (["--layers", "two"], "give all, last, a range 0-11 or a list"),
-    (["--response-rate", "50"], "--response-rate 50.0: give a share, at most 1"),
-    (["--lr", "0"], "--lr 0.0: give a number from 1e-12 on"),
-    (["--top-k", "21"], "--top-k 21 is above the 20 validation images"),
-    (["--batch-size", "49"], "--batch-size 49 is above 48 training images"),
-    (["--activation", "gelu"], "give relu or topk-K"),
-    (["--activation", "topk-129"], "there are only 128 latents"),
-    (["--backbone", "no_vit"], "is no vision transformer with a class token"),
-    (["--backbone", "exits"], "no licence"),
-    (["--backbone", "fails"], "takes no images of 3 x 224 x 224"),
-    (["--hub", "nowhere"], "is no folder with a hubconf.py"),
-    (["--data", "nowhere"], "--data nowhere: no such folder"),
-    (["--saes", "nowhere", "--seeds", "2"], "leave out --saes"),
-    (["--device", "cuda"], "PyTorch finds no GPU here") if not torch.cuda.is_available() else (
-        ["--seed", "-1"], "--seed -1"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--layers", "3"], "out of range, the backbone has layers 0 to 2"),
+        (["--layers", "two"], "give all, last, a range 0-11 or a list"),
+        (["--response-rate", "50"], "--response-rate 50.0: give a share, at most 1"),
+        (["--lr", "0"], "--lr 0.0: give a number from 1e-12 on"),
+        (["--top-k", "21"], "--top-k 21 is above the 20 validation images"),
+        (["--batch-size", "49"], "--batch-size 49 is above 48 training images"),
+        (["--activation", "gelu"], "give relu or topk-K"),
+        (["--activation", "topk-129"], "there are only 128 latents"),
+        (["--backbone", "no_vit"], "is no vision transformer with a class token"),
+        (["--backbone", "exits"], "no licence"),
+        (["--backbone", "fails"], "takes no images of 3 x 224 x 224"),
+        (["--hub", "nowhere"], "is no folder with a hubconf.py"),
+        (["--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--saes", "nowhere", "--seeds", "2"], "leave out --saes"),
+        (["--device", "cuda"], "PyTorch finds no GPU here")
+        if not torch.cuda.is_available()
+        else (["--seed", "-1"], "--seed -1"),
+    ],
+)
 def test_bad_input_is_one_sentence(data, hub, capsys, arguments, words):
     refused(capsys, small_run(data, hub, *arguments), words)
     assert not Path("out/tokens/train").exists()
@@ -258,7 +287,9 @@ def test_bad_input_is_one_sentence(data, hub, capsys, arguments, words):
 
 def test_no_hypernym_that_could_be_found(data, hub, capsys):
     for split in ("train", "val"):
-        shutil.rmtree(data / split / WNIDS[1])  # of a bird, a cat and a plane none has two of at most 1.5
+        shutil.rmtree(
+            data / split / WNIDS[1]
+        )  # of a bird, a cat and a plane none has two of at most 1.5
     refused(capsys, small_run(data, hub), "no hypernym has two of these 3 classes")
 
 
@@ -294,6 +325,9 @@ def test_bad_images(data, hub, capsys):
 
 
 def test_help_where_the_terminal_knows_no_greek():
-    done = subprocess.run([sys.executable, ROOT / "reproduce.py", "--help"], capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    done = subprocess.run(
+        [sys.executable, ROOT / "reproduce.py", "--help"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
     assert done.returncode == 0 and b"--layers" in done.stdout, done.stderr

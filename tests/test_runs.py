@@ -1,4 +1,5 @@
-"""Files that are there or not, what a result was made of, one run at a time, errors as sentences."""
+"""Files that are there or not, what results are made of, one run at a time, errors."""
+
 import errno
 import multiprocessing
 import os
@@ -35,13 +36,21 @@ def test_code_is_what_a_file_does(tmp_path):
         path.write_text(text)
         return code_of(path, *names)
 
-    plain = 'A = 1\ndef f():\n    """Says."""\n    return g() + A\ndef g():\n    return 2\ndef h():\n    pass\n'
+    plain = 'A = 1\ndef f():\n    """Says."""\n    return g() + A\n'
+    plain += "def g():\n    return 2\ndef h():\n    pass\n"
     assert code(plain) == code(plain.replace("Says", "Tells") + "\n# a comment\n")
     assert code(plain) != code(plain.replace("return 2", "return 3"))
-    for old, new, changed in (("return 2", "return 3", True), ("A = 1", "A = 2", True),
-                              ("A = 1", "A: int = 2", True), ("A = 1", "A, B = 1, 2", True),
-                              ("A = 1", "A = 1\nA += 1", True), ("pass", "return", False)):
-        assert (code(plain, "f") != code(plain.replace(old, new), "f")) == changed  # f reads g and A
+    for old, new, changed in (
+        ("return 2", "return 3", True),
+        ("A = 1", "A = 2", True),
+        ("A = 1", "A: int = 2", True),
+        ("A = 1", "A, B = 1, 2", True),
+        ("A = 1", "A = 1\nA += 1", True),
+        ("pass", "return", False),
+    ):
+        assert (
+            code(plain, "f") != code(plain.replace(old, new), "f")
+        ) == changed  # f reads g and A
     field = "class T:\n    a: int = 1\n    'what a is'\n"
     assert code(field) == code(field.replace("what a is", "said better"))
     assert code("from x import g\n" + plain, "f") != code("from y import g\n" + plain, "f")
@@ -85,16 +94,25 @@ def test_room_on_the_disk(tmp_path, capsys):
     assert [size(x) for x in (0, 999, 1234567, 164e9)] == ["0 B", "999 B", "1.23 MB", "164 GB"]
 
 
-@pytest.mark.parametrize("error, words", [
-    (OSError(errno.ENOSPC, "No space left", "out/x"), "out/x: the disk is full: make room"),
-    (PermissionError(errno.EACCES, "Permission denied", "runs"), "runs: not allowed"),
-    (OSError(errno.EROFS, "Read-only file system", "runs"), "runs: read-only: give .* as --out"),
-    (FileNotFoundError(errno.ENOENT, "No such file", "x"), "x: No such file"),
-    (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: lower --batch-size .* cpu"),
-    (RuntimeError("CUDA error: no kernel image is available"), "no kernels for this GPU"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: lower"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal"), "give --workers 0"),
-])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left", "out/x"), "out/x: the disk is full: make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "runs: not allowed"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "runs"),
+            "runs: read-only: give .* as --out",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), "x: No such file"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: lower --batch-size .* cpu"),
+        (RuntimeError("CUDA error: no kernel image is available"), "no kernels for this GPU"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of memory: lower",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal"), "give --workers 0"),
+    ],
+)
 def test_errors_that_users_can_mend(error, words):
     import re
 

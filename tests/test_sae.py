@@ -1,4 +1,5 @@
 """The SAE against closed forms and a planted dictionary; its buffer against the array it reads."""
+
 import json
 
 import numpy as np
@@ -7,8 +8,17 @@ import torch
 
 import sae as sae_module
 from conftest import same_sae
-from sae import (ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training, loss_of,
-                 new_sae, schedule, train_sae)
+from sae import (
+    ActivationBuffer,
+    SAEError,
+    SparseAutoencoder,
+    Statistics,
+    Training,
+    loss_of,
+    new_sae,
+    schedule,
+    train_sae,
+)
 
 
 def save(tmp_path, tokens):
@@ -27,8 +37,9 @@ def test_loss_by_its_formula():
     sae.shift += 5
     sae.scale.fill_(3)
     sae.b_enc.data.normal_(), sae.b_dec.data.normal_()
-    W_enc, W_dec, b_enc, b_dec = (p.detach().double().numpy() for p in (
-        sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
+    W_enc, W_dec, b_enc, b_dec = (
+        p.detach().double().numpy() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    )
     inputs = (x.double().numpy() - 5) / 3
     z = np.maximum(inputs @ W_enc.T + b_enc, 0)
     error = ((inputs - z @ W_dec - b_dec) ** 2).sum(1).mean()
@@ -41,8 +52,11 @@ def test_loss_by_its_formula():
 def test_bfloat16_trains_as_well_as_float32(buffer):
     def last_loss(precision):
         losses = []
-        train_sae(buffer, Training(epochs=20, batch_size=100, precision=precision),
-                  progress=lambda step, steps, loss: losses.append([x.item() for x in loss]))
+        train_sae(
+            buffer,
+            Training(epochs=20, batch_size=100, precision=precision),
+            progress=lambda step, steps, loss: losses.append([x.item() for x in loss]),
+        )
         return losses[-1]
 
     assert last_loss("bfloat16") == pytest.approx(last_loss("float32"), rel=0.02)
@@ -60,8 +74,11 @@ def test_decoder_has_unit_norm_after_every_step(buffer, monkeypatch):
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
     steps = []
-    sae = train_sae(buffer, Training(epochs=3, batch_size=100),
-                    progress=lambda step, total, loss: steps.append((step, total)))
+    sae = train_sae(
+        buffer,
+        Training(epochs=3, batch_size=100),
+        progress=lambda step, total, loss: steps.append((step, total)),
+    )
     assert steps == [(i + 1, 21) for i in range(21)] and len(before) == 21
     assert max(before) < 1e-6 and float((sae.W_dec.norm(dim=1) - 1).abs().max()) < 1e-6
     assert min(after) > 1e-5  # Adam itself had broken it
@@ -75,12 +92,17 @@ def test_inputs_have_mean_squared_norm_one(buffer):
     deviation = float((tokens - tokens.mean(0)).square().sum(1).mean().sqrt())
     assert statistics.rms_deviation == pytest.approx(deviation)
     torch.testing.assert_close(statistics.variance, tokens.var(0, correction=0))
-    for inputs, mean in [("centred", torch.zeros(12)), ("raw", statistics.mean.float() / statistics.rms_norm)]:
+    for inputs, mean in [
+        ("centred", torch.zeros(12)),
+        ("raw", statistics.mean.float() / statistics.rms_norm),
+    ]:
         sae = new_sae(statistics, Training(inputs=inputs))
         x = (tokens.float() - sae.shift) / sae.scale
         assert float(x.square().sum(1).mean()) == pytest.approx(1, abs=1e-5)
         torch.testing.assert_close(x.mean(0), mean, atol=1e-5, rtol=0)
-        torch.testing.assert_close(sae.b_dec.detach(), mean, atol=1e-5, rtol=0)  # starts at the mean
+        torch.testing.assert_close(
+            sae.b_dec.detach(), mean, atol=1e-5, rtol=0
+        )  # starts at the mean
         assert torch.equal(sae.W_enc, sae.W_dec)
 
 
@@ -116,9 +138,13 @@ def test_training_finds_a_planted_dictionary(tmp_path):
     directions /= directions.norm(dim=1, keepdim=True)
     on = torch.rand(6000, 24, generator=generator) < 0.06
     tokens = (on * (1 + torch.rand(6000, 24, generator=generator))) @ directions
-    sae = train_sae(save(tmp_path, tokens), Training(expansion=2, l1=0.1, epochs=40, batch_size=128, lr=2e-3))
+    sae = train_sae(
+        save(tmp_path, tokens), Training(expansion=2, l1=0.1, epochs=40, batch_size=128, lr=2e-3)
+    )
     assert ((directions @ sae.W_dec.T).max(1).values > 0.95).all()
-    untrained = new_sae(Statistics(tokens.mean(0).double(), tokens.var(0).double(), 1.0, 1.0), Training(expansion=2))
+    untrained = new_sae(
+        Statistics(tokens.mean(0).double(), tokens.var(0).double(), 1.0, 1.0), Training(expansion=2)
+    )
     assert ((directions @ untrained.W_dec.T).max(1).values < 0.95).all()
 
 
@@ -135,14 +161,20 @@ def test_buffer_batches(buffer, pool_rows, monkeypatch):
     monkeypatch.setattr(sae_module, "POOL_BYTES", pool_rows * 2 * 12)
     small = ActivationBuffer(buffer.tokens.filename)
     assert small.pool_rows == pool_rows
-    torch.testing.assert_close(torch.cat(list(small.batches(64))), torch.from_numpy(np.array(buffer.tokens)).float())
-    epochs = [torch.cat(list(small.batches(32, torch.Generator().manual_seed(seed)))) for seed in (0, 1)]
+    torch.testing.assert_close(
+        torch.cat(list(small.batches(64))), torch.from_numpy(np.array(buffer.tokens)).float()
+    )
+    epochs = [
+        torch.cat(list(small.batches(32, torch.Generator().manual_seed(seed)))) for seed in (0, 1)
+    ]
     rows = {row.tobytes() for row in np.array(buffer.tokens, np.float32)}
     for epoch in epochs:
         drawn = [row.tobytes() for row in epoch.numpy()]
         assert len(drawn) == len(set(drawn)) >= 0.7 * 700 and set(drawn) <= rows
     assert not torch.equal(*epochs)
-    assert torch.equal(epochs[0], torch.cat(list(small.batches(32, torch.Generator().manual_seed(0)))))
+    assert torch.equal(
+        epochs[0], torch.cat(list(small.batches(32, torch.Generator().manual_seed(0))))
+    )
 
 
 def test_tokens_stored_column_by_column(buffer, tmp_path):
@@ -154,11 +186,14 @@ def test_tokens_stored_column_by_column(buffer, tmp_path):
 
 def test_tokens_of_one_pool_are_read_once(buffer, monkeypatch):
     reads, fromfile, statistics = [], np.fromfile, buffer.statistics()
-    monkeypatch.setattr(np, "fromfile", lambda *of, **more: reads.append(of) or fromfile(*of, **more))
+    monkeypatch.setattr(
+        np, "fromfile", lambda *of, **more: reads.append(of) or fromfile(*of, **more)
+    )
     for pool_rows, expected in ((700, 1), (350, 6)):
         monkeypatch.setattr(sae_module, "POOL_BYTES", pool_rows * 2 * 12)
-        train_sae(ActivationBuffer(buffer.tokens.filename), Training(epochs=3, batch_size=64),
-                  statistics)
+        train_sae(
+            ActivationBuffer(buffer.tokens.filename), Training(epochs=3, batch_size=64), statistics
+        )
         assert len(reads) == expected
         reads.clear()
 
@@ -175,7 +210,11 @@ def test_schedule():
 def test_saved_without_pickle_and_loaded_the_same(buffer, tmp_path, capsys):
     sae = train_sae(buffer, Training(epochs=1, batch_size=64), about={"layer": 3, "l1": 0.1})
     sae.save_pretrained(tmp_path / "layer_03")
-    assert {path.name for path in (tmp_path / "layer_03").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "layer_03").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
     loaded = SparseAutoencoder.from_pretrained(tmp_path / "layer_03")
     assert not loaded.training
     assert loaded.encode(torch.randn(2, 12)).numpy().shape == (2, 96)  # asks for no gradients
@@ -196,7 +235,9 @@ def test_what_cannot_be_trained(tmp_path):
         with pytest.raises(SAEError, match=words):
             train_sae(save(tmp_path, tokens), training)
     for activation in ("gelu", "topk-0", "topk-33", "topk-"):
-        with pytest.raises(SAEError, match="give relu, or topk-K with K from 1 to the number of lat"):
+        with pytest.raises(
+            SAEError, match="give relu, or topk-K with K from 1 to the number of lat"
+        ):
             train_sae(save(tmp_path, noise), Training(activation=activation, batch_size=16))
     with pytest.raises(SAEError, match="there is no SAE in"):
         SparseAutoencoder.from_pretrained(tmp_path)
@@ -207,6 +248,11 @@ def test_gpu_trains_as_well_as_the_cpu(buffer):
     losses = {}
     for device in ("cpu", "cuda"):
         on_device = ActivationBuffer(buffer.tokens.filename, device)
-        train_sae(on_device, Training(epochs=20, batch_size=100), progress=lambda step, steps, loss: (
-            losses.__setitem__(device, loss.reconstruction.item())))
+        train_sae(
+            on_device,
+            Training(epochs=20, batch_size=100),
+            progress=lambda step, steps, loss: losses.__setitem__(
+                device, loss.reconstruction.item()
+            ),
+        )
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)

@@ -1,4 +1,5 @@
 """Every script in tests/ runs, on something small: none can rot unseen."""
+
 import csv
 import json
 import runpy
@@ -30,10 +31,18 @@ def test_benchmark(monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 def test_paper_cost(dinov2, monkeypatch, capsys):
-    flop = [sum(flop for flop, _ in operations) for operations in (
-        paper_cost.of_a_batch(str(dinov2)), paper_cost.of_a_step(), paper_cost.of_a_probe_step())]
+    flop = [
+        sum(flop for flop, _ in operations)
+        for operations in (
+            paper_cost.of_a_batch(str(dinov2)),
+            paper_cost.of_a_step(),
+            paper_cost.of_a_probe_step(),
+        )
+    ]
     vit_g = 64 * 40 * (24 * 1536**2 * 257 + 4 * 1536 * 257**2)
-    assert flop == pytest.approx([vit_g, 5 * 2 * 4096 * 1536 * 12288, 2 * 2 * 256 * 1536 * 1000], 0.01)
+    assert flop == pytest.approx(
+        [vit_g, 5 * 2 * 4096 * 1536 * 12288, 2 * 2 * 256 * 1536 * 1000], 0.01
+    )
     said = run_script(monkeypatch, capsys, "paper_cost.py", "--hub", dinov2)
     assert "RTX 4090" in said and "H100 SXM" in said
 
@@ -42,8 +51,9 @@ def test_compare(data, hub, work, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import compare
 
-    monkeypatch.setattr(compare, "SAES", {"λ = 0.1": ["--l1", "0.1"],
-                                          "K = 5": ["--activation", "topk-5"]})
+    monkeypatch.setattr(
+        compare, "SAES", {"λ = 0.1": ["--l1", "0.1"], "K = 5": ["--activation", "topk-5"]}
+    )
     assert compare.main(small_run(data, hub, "--layers", "1,2", "--seeds", "2")) == 0
     table = Path("out/comparison.md").read_text()
     assert capsys.readouterr().out.count("| λ = 0.1 |") == 2 and table.count("| K = 5 |") == 2
@@ -58,9 +68,12 @@ def test_compare(data, hub, work, monkeypatch, capsys):
 def test_walkthrough(data, hub, work, monkeypatch, capsys):
     text = (ROOT / "examples/walkthrough.py").read_text()
     assert "import reproduce" not in text and "from kit" not in text
-    for given, small in (("LAYER = 11", "LAYER = 2"), ("IMAGES = 50", "IMAGES = 6"),
-                         ("STEPS = 1500", "STEPS = 9"), ('OUT = ROOT / "walkthrough"',
-                                                         'OUT = Path("walkthrough")')):
+    for given, small in (
+        ("LAYER = 11", "LAYER = 2"),
+        ("IMAGES = 50", "IMAGES = 6"),
+        ("STEPS = 1500", "STEPS = 9"),
+        ('OUT = ROOT / "walkthrough"', 'OUT = Path("walkthrough")'),
+    ):
         assert text.count(given) == 1
         text = text.replace(given, small)
     for name, value in (("DATA", data / "train"), ("BACKBONE", "small_vit"), ("HUB", hub)):
@@ -77,7 +90,9 @@ def test_the_notebook_is_made_of_the_script():
     cells = json.loads((ROOT / "examples/walkthrough.ipynb").read_text())["cells"]
     script = (ROOT / "examples/walkthrough.py").read_text().split("\n# %%\n")[1:]
     code = [part.split("\n# %% [markdown]")[0].strip() for part in script]
-    assert ["".join(cell["source"]).strip() for cell in cells if cell["cell_type"] == "code"] == code
+    assert [
+        "".join(cell["source"]).strip() for cell in cells if cell["cell_type"] == "code"
+    ] == code
 
 
 def test_controls(monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """The taxonomy against brute force, against NLTK, and against facts about ImageNet-1k."""
+
 import itertools
 import os
 import random
@@ -30,7 +31,11 @@ def random_dag(seed):
 def paths_up(graph, wnid):
     """Every path from a node to the root, as lists of wnids."""
     above = graph[wnid].hypernyms
-    return [[wnid, *path] for hypernym in above for path in paths_up(graph, hypernym)] if above else [[wnid]]
+    return (
+        [[wnid, *path] for hypernym in above for path in paths_up(graph, hypernym)]
+        if above
+        else [[wnid]]
+    )
 
 
 def brute_force(graph, classes):
@@ -38,8 +43,9 @@ def brute_force(graph, classes):
     paths = {wnid: paths_up(graph, wnid) for wnid in classes}
     above = {wnid: set().union(*paths[wnid]) for wnid in classes}
     nodes = set().union(*above.values())
-    below = {v: [path.index(v) for wnid in classes for path in paths[wnid] if v in path]
-             for v in nodes}
+    below = {
+        v: [path.index(v) for wnid in classes for path in paths[wnid] if v in path] for v in nodes
+    }
     height = {v: max(lengths) for v, lengths in below.items()}
     depth = {v: max(len(path) for path in paths_up(graph, v)) - 1 for v in nodes}
     return above, height, depth, below
@@ -65,7 +71,9 @@ def check_against_brute_force(graph, classes, rng, sets):
     for row, of in zip(members, chosen):
         row[of] = True
     for of, v in zip(chosen, tree.lch(members)):
-        assert tree.wnids[v] == brute_force_lch(above, height, depth, classes, [classes[c] for c in of])
+        assert tree.wnids[v] == brute_force_lch(
+            above, height, depth, classes, [classes[c] for c in of]
+        )
     for a, b in itertools.islice(itertools.combinations(range(len(classes)), 2), 300):
         lch = brute_force_lch(above, height, depth, classes, [classes[a], classes[b]])
         assert tree.wnids[tree.pair_lch[a, b]] == tree.wnids[tree.pair_lch[b, a]] == lch
@@ -77,7 +85,9 @@ def check_against_brute_force(graph, classes, rng, sets):
         deepest = max(tree.depth[nodes])
         assert len(set(tree.lowest[nodes])) == 1 and tree.depth[tree.lowest[nodes[0]]] == deepest
     inner = {key for key, nodes in by_set.items() if tree.leaves[nodes[0]].sum() >= 2}
-    assert {tree.leaves[v].tobytes() for v in tree.hypernyms} == inner and len(tree.hypernyms) == len(inner)
+    assert {tree.leaves[v].tobytes() for v in tree.hypernyms} == inner and len(
+        tree.hypernyms
+    ) == len(inner)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -96,13 +106,19 @@ def test_imagenet_facts(imagenet):
     assert sum(len(synset.hypernyms) for synset in graph.values()) == 1937
     assert sum(len(synset.hypernyms) > 1 for synset in graph.values()) == 75
     root = imagenet.depth.argmin()
-    assert imagenet.names[root] == "entity.n.01" and imagenet.height[root] == 18 and imagenet.leaves[root].all()
+    assert (
+        imagenet.names[root] == "entity.n.01"
+        and imagenet.height[root] == 18
+        and imagenet.leaves[root].all()
+    )
     inner = np.setdiff1d(np.arange(1860), imagenet.classes)
     assert len(inner) == 860 and len({imagenet.leaves[v].tobytes() for v in inner}) == 667
     chihuahua, tabby = (imagenet1k().index(wnid) for wnid in ("n02085620", "n02123045"))
     pair = np.zeros((1, 1000))
     pair[0, [chihuahua, tabby]] = 1
-    assert imagenet.names[imagenet.lch(pair)[0]] == "carnivore.n.01"  # and not domestic_animal.n.01, which is less high
+    assert (
+        imagenet.names[imagenet.lch(pair)[0]] == "carnivore.n.01"
+    )  # and not domestic_animal.n.01, which is less high
 
 
 def test_deepest_and_least_high_differ_on_few_pairs(imagenet):
@@ -158,15 +174,25 @@ def test_without_the_shipped_graph_nltk_is_asked(wordnet, monkeypatch, tmp_path)
 
 
 def test_a_damaged_wordnet(monkeypatch, tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport taxonomy\ntry:\n"
-            "    taxonomy.Taxonomy.from_wnids(['n99999999'])\n"
-            "except taxonomy.TaxonomyError as error:\n    print('said', error)")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport taxonomy\ntry:\n"
+        "    taxonomy.Taxonomy.from_wnids(['n99999999'])\n"
+        "except taxonomy.TaxonomyError as error:\n    print('said', error)"
+    )
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora/wordnet.zip").write_bytes(b"PK\3\4 cut off")
-    done = subprocess.run([sys.executable, "-c", code, str(SHIPPED.parent)], capture_output=True,
-                          text=True, env={**os.environ, "NLTK_DATA": str(tmp_path), "HOME": "/",
-                                          "http_proxy": "http://127.0.0.1:9",
-                                          "https_proxy": "http://127.0.0.1:9"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SHIPPED.parent)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "NLTK_DATA": str(tmp_path),
+            "HOME": "/",
+            "http_proxy": "http://127.0.0.1:9",
+            "https_proxy": "http://127.0.0.1:9",
+        },
+    )
     assert "said WordNet 3.0 is needed" in done.stdout, done.stdout + done.stderr
 
 

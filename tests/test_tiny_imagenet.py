@@ -1,4 +1,5 @@
 """--data tiny-imagenet against a server of this machine with a small archive of the same layout."""
+
 import hashlib
 import io
 import shutil
@@ -41,6 +42,7 @@ def archive(tmp_path):
 @pytest.fixture
 def server(archive, monkeypatch):
     """`asked`: the GETs so far; `sent`: what is sent, of the length of the archive."""
+
     class Handler(BaseHTTPRequestHandler):
         asked, sent = [], archive
 
@@ -89,9 +91,11 @@ def test_a_folder_of_that_name_is_used(data, server, run):
     assert main(run) == 0 and server.asked == []
 
 
-@pytest.mark.parametrize("damage", [
-    lambda content: content[:-1] + b"x", lambda content: content[: len(content) // 2]],
-    ids=["another file", "cut off"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:-1] + b"x", lambda content: content[: len(content) // 2]],
+    ids=["another file", "cut off"],
+)
 def test_what_is_not_the_archive_is_said_and_fetched_again(server, run, capsys, damage, archive):
     server.sent = damage(archive)
     refused(capsys, run, "Tiny ImageNet could not be fetched", "try again")
@@ -102,7 +106,9 @@ def test_what_is_not_the_archive_is_said_and_fetched_again(server, run, capsys, 
 
 def test_no_network(server, run, capsys, monkeypatch):
     monkeypatch.setattr(kit_data, "URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
-    refused(capsys, run, "could not be fetched from http://127.0.0.1:9", "give its folder as --data")
+    refused(
+        capsys, run, "could not be fetched from http://127.0.0.1:9", "give its folder as --data"
+    )
 
 
 def test_no_room(server, run, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 """Processes under torchrun: the results of one, whatever is killed; one sentence if one fails."""
+
 import os
 import subprocess
 import sys
@@ -21,8 +22,14 @@ def start(data, hub, processes, *more, out="out"):
     run = [str(script), *small_run(data, hub, "--out", out, *more)]
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *run]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *run], env=environment, start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, *run],
+        env=environment,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,8 @@ def work(tmp_path_factory, hub):
 
 
 def test_one_fails_with_its_sentence_and_started_again_two_come_to_the_results_of_one(
-        work, hub, monkeypatch):
+    work, hub, monkeypatch
+):
     monkeypatch.chdir(work)
     arguments = "data", hub, 2, "--layers", "0,2", "--seeds", "2"
     bad = Path("data/train", find_images("data")[0].names[-1])  # in the last share
