@@ -217,6 +217,7 @@ def statistics_of(buffer, tokens):
 
 def train_saes(settings, trainings, tokens, folders):
     """Stage 2: an SAE for each layer and seed, in its folder unless it is there."""
+    keep_freed_memory(True)
     pending = [key for key, folder in folders.sae.items() if not folder.is_dir()]
     with tqdm(total=len(pending[RANK::RANKS]), unit="SAE", disable=RANK > 0) as bar:
         for layer, seed in pending[RANK::RANKS]:
@@ -237,6 +238,7 @@ def train_saes(settings, trainings, tokens, folders):
             with write_aside(folders.sae[layer, seed]) as part:
                 sae.cpu().save_pretrained(part)
             bar.update()
+    keep_freed_memory(False)
     barrier()
 
 
@@ -477,7 +479,6 @@ def main(argv=None):
     plain_streams()
     with redirect_stderr(sys.stderr if RANK == 0 else io.StringIO()):  # said once
         settings = parse_settings(argv)
-    keep_freed_memory()
     return run_as_command(run, settings, (BackboneError, ImageError, SAEError, TaxonomyError))
 
 

@@ -168,14 +168,13 @@ def start_ranks(device):
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
 
 
-def keep_freed_memory():
-    """Have glibc keep what a step frees for the next one: from the system it comes page by page,
-    which on a CPU is up to 40% of a training step."""
-    M_TRIM_THRESHOLD = -1
-    M_TOP_PAD = -2
-    M_MMAP_MAX = -4
+def keep_freed_memory(keep):
+    """Have glibc keep what a training step frees for the next one: from the system it comes page
+    by page, which on a CPU is up to 40% of a step. Without keep as usual: scores need less room."""
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+    values = (0, 2**31 - 1, 1 << 28) if keep else (65536, 1 << 17, 1 << 17)
     with suppress(OSError, AttributeError):  # another system
-        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 1 << 28)):
+        for name, value in zip((M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD), values):
             ctypes.CDLL("libc.so.6").mallopt(name, value)
 
 

@@ -64,6 +64,7 @@ def training_step(n, m, x, precision):
 
 
 def train(rounds, quick):
+    keep_freed_memory(True)
     for n, B in [(16, 32)] if quick else [(192, 512), (384, 1024), (768, 1024), (1536, 4096)]:
         x, steps = torch.randn(B, n, device=DEVICE) / n**0.5, {}
         for precision in dict.fromkeys(["float32", fast_precision(DEVICE)]):
@@ -117,6 +118,7 @@ def timed(function, seconds):
 
 def score(rounds, quick):
     """One layer and seed at the paper's size: three dictionaries, all trees, probes, readings."""
+    keep_freed_memory(False)
     width, expansion, C, rows = 1536, 8, 1000, {"train": 65_536, "val": 50_000}
     if quick:
         width, expansion, C, rows = 64, 4, 100, {"train": 2000, "val": 1000}
@@ -204,7 +206,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    keep_freed_memory()
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} cores"
     print(
