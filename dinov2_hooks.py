@@ -155,12 +155,12 @@ def class_tokens(model: nn.Module, images: torch.Tensor, layers, precision="floa
     tokens = images.new_empty(len(layers), len(images), model.cls_token.shape[-1])
     entered = []
 
-    def keep(place, block, inputs, output):
-        tokens[place] = class_token_of(output)  # copied: a view would keep all of it alive
+    def keep(position, block, inputs, output):
+        tokens[position] = class_token_of(output)  # copied: a view would keep all of it alive
 
     handles = [blocks[0].register_forward_pre_hook(lambda *given: entered.append(True))]
-    for place, layer in enumerate(layers):
-        handles.append(blocks[layer].register_forward_hook(partial(keep, place)))
+    for position, layer in enumerate(layers):
+        handles.append(blocks[layer].register_forward_hook(partial(keep, position)))
     low = precision != "float32"
     try:
         with torch.autocast(images.device.type, getattr(torch, precision), enabled=low):
@@ -360,8 +360,8 @@ def relevancy_maps(model: nn.Module, images: torch.Tensor, layer: int, score) ->
     finally:
         handle.remove()
     if len(attention.maps) != layer + 1:
-        found = f"there are {len(attention.maps)} softmax attentions in {layer + 1} blocks"
-        raise BackboneError(f"no relevancy map: {found} of this backbone")
+        raise BackboneError(f"no relevancy map: there are {len(attention.maps)} softmax attentions "
+                            f"in {layer + 1} blocks of this backbone")
     with torch.enable_grad():  # images do not mix, so that each gets its own gradient
         gradients = torch.autograd.grad(score(tokens[0]).sum(), attention.maps)
     N = attention.maps[0].shape[-1]

@@ -113,11 +113,11 @@ def sparse_units(directions: torch.Tensor, tokens: torch.Tensor, mean: torch.Ten
     centred = (tokens.float() - mean).T
     for rows in torch.arange(len(directions)).split(512):  # bounds the memory
         values = sort_rows(directions[rows] @ centred)  # (512, N), rising
-        place = len(tokens) - 1 - fires[rows].to(values.device)  # the largest that stays silent
-        threshold = values.gather(1, place.clamp(min=0)[:, None]).squeeze(1)
+        silent = len(tokens) - 1 - fires[rows].to(values.device)  # place of the largest that is
+        threshold = values.gather(1, silent.clamp(min=0)[:, None]).squeeze(1)
         below_all = 2 * values[:, 0] - values[:, -1]
-        threshold = torch.where(place < 0, below_all, threshold)  # fires on all of these tokens
-        threshold[place == len(tokens) - 1] = torch.inf  # a dead unit, on other tokens too
+        threshold = torch.where(silent < 0, below_all, threshold)  # fires on all of these tokens
+        threshold[silent == len(tokens) - 1] = torch.inf  # a dead unit, on other tokens too
         thresholds.append(threshold)
     thresholds = torch.cat(thresholds)
 

@@ -54,8 +54,8 @@ def draw(path, rows):
                 for title, style in ((heading, "-o"), (f"{heading[:-2]}, permuted", ":^")):
                     y = [row[title].mean() for row in mine]
                     axis.plot(x, y, style, color=colour)
-                for row, place in zip(mine, x):
-                    axis.annotate(row["SAE"], (place, row[heading].mean()), fontsize=8)
+                for row, fvu in zip(mine, x):
+                    axis.annotate(row["SAE"], (fvu, row[heading].mean()), fontsize=8)
             axis.set(xlabel="FVU", ylabel=heading, title=f"layer {layer}, dotted: permuted trees")
     figure.savefig(path, dpi=130)
 

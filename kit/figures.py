@@ -109,10 +109,10 @@ def draw_layers(path, tables, layers):
 def draw_consistency(path, rows, layers):
     """Heat map of the kappa of what every two layers match; grey where undefined."""
     kappa = np.eye(len(layers))
-    place = {layer: i for i, layer in enumerate(layers)}
+    position = {layer: i for i, layer in enumerate(layers)}
     for row in rows:
-        a = place[row["layer_a"]]
-        b = place[row["layer_b"]]
+        a = position[row["layer_a"]]
+        b = position[row["layer_b"]]
         kappa[a, b] = kappa[b, a] = row["kappa"]
     figure = Figure((6, 5), layout="constrained")
     axis = figure.subplots()

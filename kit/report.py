@@ -191,10 +191,10 @@ def nested_boxes(nodes, leaves):
         level[v] = 0 if parent is None else level[parent] + 1
         children.setdefault(parent, []).append(v)
 
-    def place(v, top):
+    def lay_out(v, top):
         bottom = top
         for child in children.get(v, []):
-            bottom = place(child, bottom)
+            bottom = lay_out(child, bottom)
         bottom += int((leaves[v] & ~placed).sum())
         placed[leaves[v]] = True
         boxes[v] = (level[v], top, bottom)
@@ -202,7 +202,7 @@ def nested_boxes(nodes, leaves):
 
     end = 0
     for v in children.get(None, []):
-        end = place(v, end)
+        end = lay_out(v, end)
     return boxes
 
 
@@ -289,10 +289,10 @@ def write(folder, title, inputs, record, scores, sae_folders, ids):
     pictures = Pictures(inputs, sae_folders, ids)
     backbone = record["settings"]["backbone"]
     is_demo = backbone == "demo"
-    found = record["claims"][0]["verdict"] == "holds"
+    passed = record["claims"][0]["verdict"] == "holds"
     matched = sum(row["emergence_layer"] is not None for row in record["hypernyms"])
-    check = (f"Check {'passed' if found else 'FAILED'}: the planted hierarchy "
-             f"{'was' if found else 'was not'} found, {matched} of {len(names)} planted hypernyms "
+    check = (f"Check {'passed' if passed else 'FAILED'}: the planted hierarchy "
+             f"{'was' if passed else 'was not'} found, {matched} of {len(names)} planted hypernyms "
              "in some layer.") if is_demo else ""
     latents = latent_parts(record, scores, pictures, names)
     run = {**record["settings"], **record["made_of"], **record["versions"],
