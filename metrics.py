@@ -43,6 +43,11 @@ class Profile(NamedTuple):
     counts: torch.Tensor  # (2, m, C) float, the same by half and class
     images: torch.Tensor  # (2, C) float, how many there are
 
+    @property
+    def rate(self) -> torch.Tensor:
+        """(m, C) share of each class's images on which the latent fires."""
+        return self.counts.sum(0) / self.images.sum(0).clamp(min=1)
+
 
 def every_other(labels: torch.Tensor) -> torch.Tensor:
     """(N,) 0 and 1 in turn, within each class."""
@@ -240,9 +245,8 @@ def responses_of(profile: Profile, k=16, response_rate=0.5) -> Responses:
     in_A = (profile.top_halves == 0) & (rank < profile.fires[:, None])
     in_A &= in_A.cumsum(1) <= k
     responds = []
-    for counts, images in [(profile.counts.sum(0), profile.images.sum(0)),
-                           *zip(profile.counts, profile.images)]:
-        responds.append((counts / images.clamp(min=1) >= response_rate).float())
+    for rate in (profile.rate, *(profile.counts / profile.images.clamp(min=1)[:, None])):
+        responds.append((rate >= response_rate).float())
     halved = (profile.images.amin(0) > 0).float()
     shown_A = empty.scatter_add(1, profile.top_classes, in_A.float())
     return Responses(

@@ -38,7 +38,7 @@ from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, fin
 from kit import hub, report
 from kit.claims import claims_of
 from kit.data import Decoded, fingerprint, workers_for
-from kit.inputs import Inputs, find_inputs, where_to
+from kit.inputs import find_inputs, where_to
 from kit.probes import probe_rows
 from kit.readings import readings
 from kit.rows import best_latents, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
@@ -48,7 +48,7 @@ from metrics import (SAMPLE, TOP, as_labels, correct_by_class, dictionaries_of, 
                      profile_latents, reconstruct, relate, responses_of, score_hierarchy)
 from sae import (ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training,
                  fast_precision, train_sae)
-from taxonomy import Taxonomy, TaxonomyError
+from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
@@ -363,9 +363,9 @@ def folders_of(settings, inputs, trainings, out, about):
     saes = {}
     sae = {}
     scores = {}
+    training_code = code_of(HERE / "sae.py"), code_of(HERE / "reproduce.py", "train_saes")
     for training in trainings:
-        made = short_hash(about, training, code_of(HERE / "sae.py"),
-                          code_of(HERE / "reproduce.py", "train_saes"))
+        made = short_hash(about, training, *training_code)
         saes[training.seed] = out / "saes" / f"{name_of(training)}-{made}"
     results = name_of(trainings[0]) + f"-{settings.seeds}_seeds" * (settings.seeds > 1)
     if settings.saes:

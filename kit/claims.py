@@ -12,7 +12,6 @@ import numpy as np
 from kit.probes import class_draws
 from kit.rows import matched_sets
 from metrics import kappa
-from taxonomy import Taxonomy
 
 SCORES = {  # columns of hierarchy.csv: name, and the sign that makes more hierarchy larger
     "lch_height_between": ("LCH height between classes", -1),

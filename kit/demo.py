@@ -4,14 +4,12 @@ Every WordNet node above a class gives it one visual trait (a hue, a shape, a te
 mark). The hierarchy is planted, so it must be found: the positive control of the whole kit.
 """
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torchvision.transforms import Normalize
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 

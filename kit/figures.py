@@ -1,5 +1,4 @@
 """The figures of a run, each drawn from its tables to a PNG and, for talks, a PDF."""
-from pathlib import Path
 
 import matplotlib
 import numpy as np

@@ -1,5 +1,4 @@
 """What a run works on: images, their taxonomy, a backbone. What is wrong with them is said here."""
-import argparse
 import os
 from pathlib import Path
 from typing import NamedTuple

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from metrics import as_labels, hypernyms_to_find, leaves_of, mean_of, sort_rows
-from taxonomy import Taxonomy
 
 TOKENS = 65_536  # training tokens on which the probes are fitted
 UNITS = (1, 4, 16)  # how many a probe may use

@@ -2,8 +2,7 @@
 import numpy as np
 import torch
 
-from metrics import Profile, Scores, leaves_of, lowest_common, mean_of, over_pairs
-from taxonomy import Taxonomy
+from metrics import leaves_of, lowest_common, mean_of, over_pairs
 
 TOP = (4, 8, 16, 32)  # top images of a latent
 
@@ -12,7 +11,7 @@ TOP = (4, 8, 16, 32)  # top images of a latent
 def readings(profile, trees, scores):
     """For each tree, with its scores: {(claim, reading): mean over alive latents}. A height by the
     depth from the root is negative, so that for all of them less is more specific."""
-    rate = profile.counts.sum(0) / profile.images.sum(0).clamp(min=1)  # (m, C)
+    rate = profile.rate  # (m, C)
     responds = {f"{share:.0%}": (rate >= share).float() for share in (0.25, 0.5, 0.75)}
     responds["any"] = (rate > 0).float()
     read = [{} for _ in trees]

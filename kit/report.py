@@ -4,7 +4,6 @@ import io
 import itertools
 import textwrap
 from html import escape
-from pathlib import Path
 
 import matplotlib
 import numpy as np

@@ -2,9 +2,8 @@
 import numpy as np
 import torch
 
-from metrics import (Profile, Responses, Scores, hypernyms_to_find, leaves_of, matches_on_A,
+from metrics import (hypernyms_to_find, leaves_of, matches_on_A,
                      matches_on_B)
-from taxonomy import Taxonomy
 
 
 def hierarchy_rows(about, scores, controls):
@@ -60,7 +59,7 @@ def latent_rows(layer, scores, profile, responses, tree):
     leaves = leaves_of(tree, nodes, device) * responses.halved  # (H, C)
     match_A, named = (x[scores.latents] for x in matches_on_A(responses, leaves).max(1))
     match_B = matches_on_B(responses, torch.from_numpy(scores.latents), leaves[named]).tolist()
-    rate = profile.counts.sum(0) / profile.images.sum(0).clamp(min=1)
+    rate = profile.rate
     names = np.array(tree.names)[tree.classes]
     rows = []
     for i, latent in enumerate(scores.latents.tolist()):

@@ -1,6 +1,5 @@
 """What a run found: tables (CSV, Markdown, JSON) and sentences made from their numbers."""
 import csv
-from pathlib import Path
 
 import numpy as np
 

@@ -1,7 +1,6 @@
 """Whole runs of reproduce.py on small images: its tables, what is made again, what is refused."""
 
 import csv
-import json
 import multiprocessing
 import os
 import re

@@ -6,9 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 import controls
 import paper_cost
