@@ -1,28 +1,26 @@
 """Does DINOv2's class token, layer by layer, hold the ImageNet hierarchy? (after arXiv 2505.15970)
 
     python reproduce.py --layers all                    the built-in demo, minutes on a CPU
-    python reproduce.py --layers all --data tiny-imagenet --backbone dinov2_vits14
-                                                        DINOv2 on photographs, which it fetches
+    python reproduce.py --layers all --data tiny-imagenet-200 --backbone dinov2_vits14
+                                                        DINOv2 on photographs of 200 classes
     python reproduce.py --layers all --data imagenet    the paper's job: dinov2_vitg14, one GPU
 
 Four stages, each of which takes what is already in the output folder:
     1. images -> class tokens of every asked-for layer    tokens/{train,val}/layer_NN.npy
     2. class tokens -> one sparse autoencoder a layer     saes/<settings>-<hash>/layer_NN/
     3. latents -> reconstruction, probes, hierarchy       scores/<settings>-<hash>/layer_NN.json
-    4. scores -> tables, claims, figures, report          results/<settings>/
+    4. scores -> tables, claims, figures, report          results/<settings>-<hash>/
 
 torchrun --nproc-per-node 8 reproduce.py ...  shares images, layers and seeds among eight GPUs.
 """
 import argparse
-import io
 import itertools
 import json
 import os
+import pickle
 import re
 import sys
 import time
-import warnings
-from contextlib import redirect_stderr
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,35 +29,62 @@ from typing import NamedTuple
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: else busy machines crawl
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from tqdm import tqdm
 
-from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, finish, record,
-                          token_path, weights_hash)
+from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, finish, layer_name,
+                          record, token_path)
 from kit import hub, report
 from kit.claims import claims_of
 from kit.data import Decoded, fingerprint, workers_for
 from kit.inputs import find_inputs, where_to
 from kit.probes import probe_rows
-from kit.readings import readings
-from kit.rows import best_latents, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
-from kit.runs import (RANK, RANKS, InputError, barrier, check_disk, code_of, keep_freed_memory,
-                      lock, plain_streams, run_as_command, short_hash, to_json, write_aside)
-from metrics import (SAMPLE, TOP, as_labels, correct_by_class, dictionaries_of, kappa, linear_probe,
-                     profile_latents, reconstruct, relate, responses_of, score_hierarchy)
-from sae import (ActivationBuffer, SAEError, SparseAutoencoder, Statistics, Training,
-                 fast_precision, train_sae)
+from kit.readings import reading_rows
+from kit.rows import emergence_rows, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
+from kit.runs import (RANK, RANKS, InputError, barrier, check_disk, code_of, lock, plain_streams,
+                      run_as_command, short_hash, to_json, write_aside)
+from metrics import (SAMPLE, TOP, dictionaries_of, kappa, linear_probe, profile_latents,
+                     reconstruct, relate, responses_of, score_hierarchy)
+from sae import ActivationBuffer, SAEError, SparseAutoencoder, Training, fast_precision, train_sae
 from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
 PROBE_STEPS = 3000  # of the linear probe, at least
 PERMUTED = {"sae": 40, "neurons": 10, "untrained": 10}  # trees whose classes are permuted
-RESULT_SETTINGS = ("expansion", "epochs", "batch_size", "lr", "top_k", "response_rate", "seed")
-LEAST = {  # of the settings that are numbers
-    "expansion": 1, "l1": 0, "epochs": 1, "batch_size": 1, "lr": 1e-12, "top_k": 2, "seed": 0,
-    "response_rate": 1e-12, "images_per_class": 1, "seeds": 1, "workers": 0,
-}
-SCORING = [  # code on which scores depend
+SETTINGS = {  # name: default, or the type of what has none, or choices; help; limits
+    "layers": ("all", "blocks, from 0: all, last, 0-11 or 3,7,11"),
+    "data": (str, "folder with train/ and val/ of wnid folders, or Kaggle's ImageNet; "
+             "Tiny ImageNet; demo ($IMAGENET_DIR, ./imagenet, else demo)"),
+    "backbone": (str, "entry point of the hub: dinov2_vits14, _vitb14, _vitl14, _vitg14, each also "
+                 "with _reg (dinov2_vitg14, the paper's)"),
+    "hub": (str, f"torch.hub repository, or a folder with a hubconf.py, whose code is run ({HUB})"),
+    "transform": (["model", "dinov2"], "of images: as the model's pretrained_cfg asks, if it has "
+                  "one, or DINOv2's"),
+    "precision": ([None, "float32", "float16", "bfloat16"], "of the forward pass (float16 on a "
+                  "GPU, else float32, or as tokens were recorded)"),
+    "out": (str, "output folder (runs/<data>-<backbone>)"),
+    "expansion": (8, "SAE: latents per dimension of the token", 1),
+    "activation": ("relu", "SAE: relu, the paper's, or topk-K, as topk-32"),
+    "l1": (0.1, "SAE: λ, the weight of ‖z‖₁ in the loss", 0),
+    "inputs": (["centred", "raw"], "SAE: tokens minus their mean, or as they come; both over one "
+               "scalar"),
+    "epochs": (50, "SAE: of training", 1),
+    "batch-size": (int, "SAE: of training (4096; less, for at least 1,500 steps)", 1),
+    "lr": (4e-4, "SAE: learning rate", 1e-12),
+    "top-k": (16, "top images of a latent", 2, TOP // 2),
+    "response-rate": (0.5, "θ: a latent responds to a class if it fires on this share of its "
+                      "images", 1e-12, 1),
+    "images-per-class": (int, "use no more training images of a class", 1),
+    "skip-bad-images": (False, "go on without images that do not decode"),
+    "saes": (str, "USER/NAME: score published SAEs, of the Hub or a folder of layer_NN, instead of "
+             "training"),
+    "push-to-hub": (str, "USER/NAME: publish SAEs and results on Hugging Face"),
+    "device": ([None, "cuda", "cpu"], "cuda where there is one"),
+    "workers": (int, "processes that decode images (one for each CPU)", 0),
+    "seed": (0, "of the SAEs", 0),
+    "seeds": (1, "so many SAEs a layer, from --seed on", 1)}
+SCORING = [  # code on which scores depend, with `score_layer`
     "sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
 
 
@@ -67,52 +92,26 @@ def parse_settings(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, allow_abbrev=False)
-    add = parser.add_argument
-    add("--layers", default="all", help="blocks, from 0: all, last, 0-11 or 3,7,11 (default: all)")
-    add("--data", help="folder with train/ and val/ of wnid folders, or Kaggle's ImageNet; "
-        "tiny-imagenet, which is fetched; demo (default: $IMAGENET_DIR, ./imagenet, else the demo)")
-    add("--backbone", help="entry point of the hub: dinov2_vits14, _vitb14, _vitl14, _vitg14, each "
-        "also with _reg (default: dinov2_vitg14, the paper's)")
-    add("--hub", help="torch.hub repository, or a folder with a hubconf.py, whose code is run "
-        f"(default: {HUB})")
-    add("--transform", choices=["model", "dinov2"], default="model",
-        help="of images: as the model's pretrained_cfg asks, if it has one, or DINOv2's (model)")
-    add("--precision", choices=["float32", "float16", "bfloat16"], help="of the forward pass "
-        "(default: float16 on a GPU, bfloat16 on a CPU that has it, or as tokens were recorded)")
-    add("--out", help="output folder (default: runs/<data>-<backbone>)")
-    add("--expansion", type=int, default=8, help="SAE: latents per dimension of the token (8)")
-    add("--activation", default="relu", help="SAE: relu, the paper's, or topk-K, as topk-32 (relu)")
-    add("--l1", type=float, default=0.1, help="SAE: λ, the weight of ‖z‖₁ in the loss (0.1)")
-    add("--inputs", choices=["centred", "raw"], default="centred",
-        help="SAE: tokens minus their mean, or as they come; both over one scalar (centred)")
-    add("--epochs", type=int, default=50, help="SAE: of training (50)")
-    add("--batch-size", type=int, help="SAE: of training (4096; less, for at least 1,500 steps)")
-    add("--lr", type=float, default=4e-4, help="SAE: learning rate (4e-4)")
-    add("--top-k", type=int, default=16, help="top images of a latent (16)")
-    add("--response-rate", type=float, default=0.5,
-        help="θ: a latent responds to a class if it fires on this share of its images (0.5)")
-    add("--images-per-class", type=int, help="use no more training images of a class")
-    add("--skip-bad-images", action="store_true", help="go on without images that do not decode")
-    add("--saes", metavar="USER/NAME",
-        help="score published SAEs, of the Hub or a folder of layer_NN, instead of training")
-    add("--push-to-hub", metavar="USER/NAME", help="publish SAEs and results on Hugging Face")
-    add("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
-    add("--workers", type=int, help="processes that decode images (one for each CPU)")
-    add("--seed", type=int, default=0, help="of the SAEs (0)")
-    add("--seeds", type=int, default=1, help="so many SAEs a layer, from --seed on (1)")
+    for name, (default, text, *_) in SETTINGS.items():
+        if isinstance(default, list):
+            more = {"default": default[0], "choices": list(filter(None, default))}
+        elif isinstance(default, type):
+            more = {"type": default}
+        elif default is False:
+            more = {"action": "store_true"}
+        else:
+            more = {"default": default, "type": type(default)}
+            text = f"{text} ({default})"
+        parser.add_argument(f"--{name}", help=text, **more)
     settings = parser.parse_args(argv)
-    for name, least in LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value < 2**62:
-            parser.error(f"--{name.replace('_', '-')} {value}: give a number from {least} on")
-    if settings.response_rate > 1:
-        parser.error(f"--response-rate {settings.response_rate}: give a share, at most 1")
-    if settings.top_k > TOP // 2:
-        parser.error(f"--top-k {settings.top_k}: give at most {TOP // 2}")
+    for name, (_, _, *limits) in SETTINGS.items():
+        value = getattr(settings, name.replace("-", "_"))
+        if limits and value is not None:
+            least, most = (*limits, 2**62)[:2]
+            if not least <= value <= most:
+                parser.error(f"--{name} {value}: give a number from {least} to {most}")
     if not re.fullmatch(r"all|last|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", settings.layers):
         parser.error(f"--layers {settings.layers}: give all, last, a range 0-11 or a list 3,7,11")
-    if not re.fullmatch(r"relu|topk-[1-9]\d{0,5}", settings.activation):
-        parser.error(f"--activation {settings.activation}: give relu or topk-K, as topk-32")
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; give --device cpu, or leave it out")
     if settings.saes and (settings.push_to_hub or settings.seeds > 1):
@@ -124,12 +123,10 @@ def parse_settings(argv=None):
 
 def trainings_of(settings, rows):
     """The settings of the SAEs, one for each seed."""
-    batch_size = settings.batch_size or 4096
-    if not settings.batch_size:  # small data needs small batches
-        while batch_size > 16 and rows * settings.epochs // batch_size < 1500:
-            batch_size //= 2
+    largest = min(4096, max(16, rows * settings.epochs // 1500))  # small data needs small batches
+    batch_size = settings.batch_size or min(rows, 2 ** int(np.log2(largest)))
     return [Training(settings.expansion, settings.activation, settings.l1, settings.inputs,
-                     settings.epochs, min(batch_size, rows), settings.lr, seed,
+                     settings.epochs, batch_size, settings.lr, seed,
                      fast_precision(settings.device))
             for seed in range(settings.seed, settings.seed + settings.seeds)]
 
@@ -143,106 +140,117 @@ def name_of(training):
 
 
 def check_tokens(settings, inputs, folder):
-    """What the class tokens in `folder` are made of, written there the first time. Raises
-    InputError where they were made of something else: recording takes hours, and is not begun anew
-    unasked."""
-    path, code = folder / "settings.json", short_hash(
-        code_of(HERE / "dinov2_hooks.py"), code_of(HERE / "kit/data.py", "Decoded", "find_images"))
+    """What the class tokens in `folder` are made of. Raises InputError where they were made of
+    something else: recording takes hours, and is not begun anew unasked."""
+    path = folder / "settings.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    default = "float16" if settings.device == "cuda" else fast_precision("cpu")
-    precision = settings.precision or known.get("precision", default)
+    precision = "float16" if settings.device == "cuda" else "float32"
+    weights = 0
+    for tensor in inputs.model.state_dict().values():
+        weights += tensor.double().abs().sum().item()
     about = {
-        "backbone": settings.backbone, "weights": weights_hash(inputs.model),
-        "training images": len(inputs.train.names), "validation images": len(inputs.val.names),
-        "images": fingerprint(inputs.train, inputs.val), "transform": str(inputs.transform),
-        "precision": precision, "code": code}
+        "backbone": settings.backbone, "weights": f"{weights:.10g} in sum",
+        "images": f"{inputs.note} {fingerprint(inputs.train, inputs.val)}",
+        "transform": str(inputs.transform),
+        "precision": settings.precision or known.get("precision", precision)}
     for key, value in about.items():
-        if key != "code" and known.get(key, value) != value:
+        if known.get(key, value) != value:
             raise InputError(f"the class tokens in {folder} were recorded with other {key}: "
                              f"{known[key]}, now {value}; give another --out, or delete them")
+    code = short_hash(code_of(HERE / "dinov2_hooks.py"), code_of(HERE / "kit/data.py"))
     if known.get("code", code) != code:
         print(f"      the code has changed since {folder} was recorded: delete that folder to "
               "record anew")
-        about["code"] = known["code"]
-    if RANK == 0 and known != about:
-        with write_aside(path) as part:
-            part.write_text(to_json(about))
-    return about
+    return about | {"code": known.get("code", code)}
 
 
-def record_tokens(settings, inputs, folder, precision):
+def record_tokens(settings, inputs, folder, about):
     """Stage 1. Returns the labels of the rows by split, and as val_ids which image each row is."""
+    if RANK == 0:
+        with write_aside(folder / "settings.json") as part:
+            part.write_text(to_json(about))
     model = inputs.model.to(settings.device)
+    side = inputs.transform.transforms[1].size[0]
+    workers = workers_for(side**2) if settings.workers is None else settings.workers
     labels = {}
-    pixels = inputs.transform.transforms[1].size[0] ** 2
-    workers = workers_for(pixels) if settings.workers is None else settings.workers
     for name, split in (("train", inputs.train), ("val", inputs.val)):
-        images = Decoded(split, inputs.transform)
         missing = [n for n in inputs.layers if not token_path(folder / name, n).exists()]
-        rows = len(split.names)
         if missing:
-            decoded = (image for image in images if isinstance(image, torch.Tensor))
-            for image in itertools.islice(decoded, 1):
-                check_class_token(model, image.to(settings.device), missing)
-            record(model, images, folder / name, missing, precision, workers, RANK, RANKS,
+            check_class_token(model, torch.rand(3, side, side, device=settings.device), missing)
+            images = Decoded(split, inputs.transform)
+            record(model, images, folder / name, missing, about["precision"], workers, RANK, RANKS,
                    settings.skip_bad_images)
         barrier()
         if RANK == 0 and missing:
-            finish(folder / name, missing, rows, model.cls_token.shape[-1])
+            finish(folder / name, missing)
         barrier()
         bad = json.loads((folder / name / "left_out.json").read_text())
-        if bad:
-            print(f"      left out {len(bad)} images that do not decode:", *bad.values(),
-                  sep="\n        ")
-        ids = np.delete(np.arange(rows), [int(row) for row in bad])
-        labels[name], labels["val_ids"] = split.labels[ids], ids
+        ids = np.delete(np.arange(len(split.names)), bad)
+        labels[name] = split.labels[ids]
+        labels["val_ids"] = ids
     model.cpu()  # ViT-g's 4.5 GB are of no use in stages 2 and 3
     return labels
-
-
-def statistics_of(buffer, tokens):
-    """Of a layer's training tokens; kept beside them, as at ImageNet's size they take 15 s."""
-    code = short_hash(code_of(HERE / "sae.py", "ActivationBuffer"))
-    path = tokens.with_suffix(f".statistics-{code}.json")
-    if not path.exists():
-        mean, variance, *norms = buffer.statistics()
-        with write_aside(path) as part:
-            part.write_text(json.dumps([mean.tolist(), variance.tolist(), *norms]))
-    mean, variance, *norms = json.loads(path.read_text())
-    return Statistics(*(torch.tensor(x, dtype=torch.float64) for x in (mean, variance)), *norms)
 
 
 # ---------------------------------------------------------------- stage 2
 
 
-def train_saes(settings, trainings, tokens, folders):
-    """Stage 2: an SAE for each layer and seed, in its folder unless it is there."""
-    keep_freed_memory(True)
-    pending = [key for key, folder in folders.sae.items() if not folder.is_dir()]
-    with tqdm(total=len(pending[RANK::RANKS]), unit="SAE", disable=RANK > 0) as bar:
-        for layer, seed in pending[RANK::RANKS]:
-            training = trainings[seed - settings.seed]
+class Job(NamedTuple):
+    """An SAE of a layer and a seed. Folders' names hold a hash of what their content is made of."""
 
-            def progress(step, steps, loss):
-                if step % 100 == 0 or step == steps:
-                    text = f"layer {layer}, seed {seed}, step {step} of {steps}, loss"
-                    bar.set_description(f"      {text} {loss.total.item():.3f}")
+    layer: int
+    training: Training
+    sae: Path
+    scores: Path
 
-            path = token_path(tokens / "train", layer)
-            buffer = ActivationBuffer(path, settings.device)
-            try:
-                about = {**asdict(training), "layer": layer, "backbone": settings.backbone}
-                sae = train_sae(buffer, training, statistics_of(buffer, path), about, progress)
-            except SAEError as error:
-                raise SAEError(f"layer {layer}: {error}") from error
-            with write_aside(folders.sae[layer, seed]) as part:
-                sae.cpu().save_pretrained(part)
-            bar.update()
-    keep_freed_memory(False)
+
+def jobs_of(settings, inputs, trainings, out, about):
+    code = [code_of(HERE / file) for file in SCORING]
+    code.append(code_of(HERE / "reproduce.py", "open_layer", "score_layer", "permuted_trees"))
+    scoring = (pickle.dumps(inputs.tree), settings.top_k, settings.response_rate, code)
+    jobs = []
+    for training in trainings:
+        made_of = short_hash(about, training, code_of(HERE / "sae.py"))
+        folder = out / "saes" / f"{name_of(training)}-{made_of}"
+        newest = 0  # of the files of published SAEs
+        if settings.saes:
+            width = inputs.model.cls_token.shape[-1]
+            folder = hub.find_saes(settings.saes, inputs.layers, width, settings.backbone)
+            newest = max(path.stat().st_mtime_ns for path in folder.rglob("*"))
+        made_of = short_hash(about, folder.name, newest, scoring)
+        for layer in inputs.layers:
+            name = layer_name(layer)
+            scores = out / "scores" / f"{folder.name}-{made_of}" / f"{name}.json"
+            jobs.append(Job(layer, training, folder / name, scores))
+    return jobs
+
+
+def train_saes(settings, jobs, tokens):
+    """Stage 2: the SAE of each job, unless it is there."""
+    pending = [job for job in jobs if not job.sae.is_dir()]
+    for i, job in list(enumerate(pending, 1))[RANK::RANKS]:
+        title = f"      layer {job.layer}, seed {job.training.seed} ({i} of {len(pending)})"
+        buffer = ActivationBuffer(token_path(tokens / "train", job.layer), settings.device)
+        about = {**asdict(job.training), "layer": job.layer, "backbone": settings.backbone}
+        try:
+            sae = train_sae(buffer, job.training, about=about, title=None if RANK else title)
+        except SAEError as error:
+            raise SAEError(f"layer {job.layer}: {error}") from error
+        with write_aside(job.sae) as part:
+            sae.cpu().save_pretrained(part)
     barrier()
 
 
 # ---------------------------------------------------------------- stage 3
+
+
+def open_layer(train_path, val_path, labels, classes, device):
+    """What all SAEs of a layer are scored with: (train, val, statistics, linear probe)."""
+    train = ActivationBuffer(train_path, device)
+    statistics = train.statistics()
+    moments = [x.to(device) for x in (statistics.mean, statistics.variance)]
+    probe = linear_probe(train.tokens, labels["train"], classes, *moments, PROBE_STEPS)
+    return train, ActivationBuffer(val_path, device), statistics, probe
 
 
 def permuted_trees(tree):
@@ -251,161 +259,101 @@ def permuted_trees(tree):
     return [tree.permuted(rng.permutation(len(tree.classes))) for _ in range(PERMUTED["sae"])]
 
 
-def score_layer(layer, seed, sae, train, val, labels, statistics, tree, controls, probe, k,
-                response_rate):
-    """Stage 3: the latents of a layer -> its rows of all tables. probe: of `linear_probe`."""
+def score_layer(about, sae, layer, labels, tree, controls, k, response_rate):
+    """Stage 3: the latents of a layer -> its rows of all tables, each of which begins with `about`:
+    the layer and the seed."""
+    train, val, statistics, probe = layer
     C = len(tree.classes)
-    about = {"layer": layer, "seed": seed}
-    made = {"hierarchy": [], "permuted_sd": [], "relations": [], "probes": [], "iou_draws": {}}
+    rows = {"hierarchy": [], "relations": [], "probes": []}
+    made = {"iou_draws": {}}
     mean = statistics.mean.float().to(train.device)
     sample = train.rows_at(slice(SAMPLE))  # rows are in random order
-    for dictionary in dictionaries_of(sae, sample, mean, (sae.about or {}).get("seed", seed)):
-        name = dictionary.name
-        encode = dictionary.encode
+    seed = (sae.about or {}).get("seed", about["seed"])
+    for name, encode, probed in dictionaries_of(sae, sample, mean, seed):
         profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)
         responses = responses_of(profile, k, response_rate)
         scores = score_hierarchy(responses, tree)
         permuted = [score_hierarchy(responses, other) for other in controls[: PERMUTED[name]]]
-        rows = hierarchy_rows({**about, "dictionary": name}, scores, permuted)
-        made["hierarchy"] += rows["hierarchy"]
-        made["permuted_sd"] += rows["permuted_sd"]
+        by_tree, draws = hierarchy_rows(name, scores, permuted)
+        rows["hierarchy"] += by_tree
         related = relate(encode, val.rows_at, profile, scores, tree, k)
-        made["relations"].append({**about, "dictionary": name, **related._asdict()})
+        rows["relations"].append({"dictionary": name, **related._asdict()})
         if name == "sae":
-            made["permuted_draws"] = rows["permuted_draws"]
-            made["hypernyms"] = best_latents(scores, profile, responses, tree)
-            made["latents"] = latent_rows(layer, scores, profile, responses, tree)
-            read, *others = readings(profile, [tree, *controls[:10]], [scores, *permuted[:10]])
-            made["readings"] = [
-                {"claim": claim, "reading": reading, **about, "value": value,
-                 "permuted": float(np.mean([other[claim, reading] for other in others]))}
-                for (claim, reading), value in read.items()]
+            made["permuted_draws"] = draws
+            made["hypernyms"] = hypernym_rows(scores, profile, responses, tree)
+            rows["latents"] = latent_rows(scores, profile, responses, tree)
+            rows["readings"] = reading_rows(profile, [tree, *controls[:10]],
+                                            [scores, *permuted[:10]])
         del profile, responses  # before the probes take their room
-        rows, draws = probe_rows(dictionary, train, val, labels, tree, controls[0])
-        made["probes"] += [{**about, **row} for row in rows]
-        made["iou_draws"][name] = draws.tolist()
-    reconstruction, sums = reconstruct(sae, val.batches(VAL_BATCH), labels["val"], C, probe)
-    correct = correct_by_class(probe, val.batches(VAL_BATCH), labels["val"], C)
-    gamma = float(statistics.mean.norm()) / statistics.rms_deviation
-    made["layers"] = {**about, "width": train.width, "gamma": gamma,
-                      "probe_top1": float(correct.sum() / val.rows), **reconstruction._asdict()}
-    images = torch.bincount(as_labels(labels["val"], val.rows), minlength=C)
-    made["by_class"] = {"images": images.tolist(), "correct": correct.tolist()}
-    made["by_class"] |= dict(zip(("error", "squares", "active"), sums.T.tolist()))
+        by_tree, draws = probe_rows(name, probed, train, val, labels, tree, controls[0])
+        rows["probes"] += by_tree
+        made["iou_draws"][name] = draws
+    quality, made["by_class"] = reconstruct(sae, val.batches(VAL_BATCH), labels["val"], C, probe)
+    gamma = statistics.mean.norm() / statistics.rms_deviation
+    rows["layers"] = [{"width": train.width, "gamma": gamma, **quality._asdict()}]
+    for name in rows:
+        made[name] = [{**about, **row} for row in rows[name]]
     return made
 
 
-def score_layers(settings, inputs, tokens, labels, folders):
+def score_layers(settings, inputs, tokens, labels, jobs):
     """Stage 3: {(layer, seed): rows of all tables}, read where they are there."""
     controls = permuted_trees(inputs.tree)
-    layers = inputs.layers[RANK::RANKS]
-    paths = folders.scores
-    for layer in tqdm(layers, "      layers", unit="layer", disable=RANK > 0):
-        pending = [key for key in paths if key[0] == layer and not paths[key].exists()]
-        if not pending:
-            continue
-        train, val = (ActivationBuffer(token_path(tokens / split, layer), settings.device)
-                      for split in ("train", "val"))
-        statistics = statistics_of(train, token_path(tokens / "train", layer))
-        moments = [x.to(settings.device) for x in (statistics.mean, statistics.variance)]
-        probe = linear_probe(train.tokens, labels["train"], len(inputs.tree.classes), *moments,
-                             PROBE_STEPS)  # whatever the SAE: once a layer
-        for key in pending:
-            sae = SparseAutoencoder.from_pretrained(folders.sae[key]).to(settings.device)
-            made = score_layer(*key, sae, train, val, labels, statistics, inputs.tree, controls,
-                               probe, settings.top_k, settings.response_rate)
-            with write_aside(paths[key]) as part:
+    for n in tqdm(inputs.layers[RANK::RANKS], "      layers", unit="layer", disable=RANK > 0):
+        pending = [job for job in jobs if job.layer == n and not job.scores.exists()]
+        if pending:  # the linear probe is fitted once a layer, whatever the SAE
+            paths = [token_path(tokens / split, n) for split in ("train", "val")]
+            layer = open_layer(*paths, labels, len(inputs.tree.classes), settings.device)
+        for job in pending:
+            sae = SparseAutoencoder.from_pretrained(job.sae).to(settings.device)
+            about = {"layer": n, "seed": job.training.seed}
+            made = score_layer(about, sae, layer, labels, inputs.tree, controls, settings.top_k,
+                               settings.response_rate)
+            with write_aside(job.scores) as part:
                 part.write_text(to_json(made))
     barrier()
-    return {key: json.loads(path.read_text()) for key, path in paths.items()}
+    return {(job.layer, job.training.seed): json.loads(job.scores.read_text()) for job in jobs}
 
 
 # ---------------------------------------------------------------- stage 4
 
 
-def tables_of(scores, tree):
+def tables_of(scores):
     """Stage 4: the scores by layer and seed -> the tables of a run."""
+    scores = dict(sorted(scores.items()))
     layers, seeds = (sorted(set(numbers)) for numbers in zip(*scores))
-    hypernyms = {}
-    agreements = []
+    tables = {"consistency": []}
+    for name in ("layers", "hierarchy", "probes", "relations", "readings", "latents"):
+        tables[name] = sum((record[name] for record in scores.values()), [])
+    tables["latents"] = [row for row in tables["latents"] if row["seed"] == seeds[0]]
+    hypernyms = []
+    matched = []
     for seed in seeds:
-        best = {layer: scores[layer, seed]["hypernyms"] for layer in layers}
-        hypernyms[seed] = hypernym_rows(best, tree)
-        agreements.append(kappa(matched_sets(list(best.values()), tree)))
-    with warnings.catch_warnings():  # of a pair that is NaN in every seed
-        warnings.simplefilter("ignore")
-        agreement = np.nanmean(agreements, 0)
-    tables = {}
-    for name in ("hierarchy", "permuted_sd", "probes", "relations", "readings"):
-        tables[name] = [row for record in scores.values() for row in record[name]]
-    pairs = zip(*np.triu_indices(len(layers), 1))
-    return tables | {
-        "layers": [record["layers"] for record in scores.values()],
-        "hypernyms": hypernyms[seeds[0]],
-        "latents": [row for layer in layers for row in scores[layer, seeds[0]]["latents"]],
-        "consistency": [{"layer_a": layers[a], "layer_b": layers[b],
-                         "kappa": float(agreement[a, b])} for a, b in pairs],
-        "claims": claims_of(scores, hypernyms, tree)}
+        rows = {layer: scores[layer, seed]["hypernyms"] for layer in layers}
+        hypernyms.append(emergence_rows(rows))
+        matched.append(matched_sets(rows.values()))
+        agreement = kappa(matched[-1])
+        for a, b in itertools.combinations(layers, 2):
+            value = agreement[layers.index(a), layers.index(b)]
+            row = {"layer_a": a, "layer_b": b, "seed": seed, "kappa": value}
+            tables["consistency"].append(row)
+    tables["hypernyms"] = hypernyms[0]
+    tables["claims"] = claims_of(scores, hypernyms, matched, tables["relations"])
+    return tables
 
 
-class Folders(NamedTuple):
-    """Where a run's results lie: names hold a hash of what they are made of."""
-
-    saes: dict[int, Path]  # of each seed, with a folder for each layer
-    sae: dict[tuple[int, int], Path]  # (layer, seed)
-    scores: dict[tuple[int, int], Path]
-    results: Path
-
-
-def folders_of(settings, inputs, trainings, out, about):
-    code = [code_of(HERE / file) for file in SCORING]
-    code.append(code_of(HERE / "reproduce.py", "score_layer", "score_layers"))
-    saes = {}
-    sae = {}
-    scores = {}
-    training_code = code_of(HERE / "sae.py"), code_of(HERE / "reproduce.py", "train_saes")
-    for training in trainings:
-        made = short_hash(about, training, *training_code)
-        saes[training.seed] = out / "saes" / f"{name_of(training)}-{made}"
-    results = name_of(trainings[0]) + f"-{settings.seeds}_seeds" * (settings.seeds > 1)
-    if settings.saes:
-        results = "from_" + re.sub(r"[^\w.-]", "_", settings.saes)
-        width = inputs.model.cls_token.shape[-1]
-        saes[settings.seed] = hub.find_saes(settings.saes, inputs.layers, width, settings.backbone)
-    tree = inputs.tree
-    shape = tree.leaves.tobytes(), tree.height.tolist(), tree.depth.tolist(), tree.wnids
-    for layer, (seed, folder) in itertools.product(inputs.layers, saes.items()):
-        sae[layer, seed] = folder / f"layer_{layer:02d}"
-        name = folder.name
-        content = None
-        if settings.saes:
-            name = results
-            content = (sae[layer, seed] / "model.safetensors").read_bytes()
-        made = short_hash(about, name, content, shape, settings.top_k, settings.response_rate, code)
-        scores[layer, seed] = out / "scores" / f"{name}-{made}" / f"layer_{layer:02d}.json"
-    if settings.layers != "all":
-        results += f"-layers_{settings.layers}"
-    others = [getattr(settings, name) for name in RESULT_SETTINGS]
-    return Folders(saes, sae, scores, out / "results" / f"{results}-{short_hash(others)[:4]}")
-
-
-def say_what_is_written(inputs, training, folders, out):
+def say_what_is_written(inputs, jobs, out):
     """Bytes to write and bytes free, and what lies there from other settings or code."""
     width = inputs.model.cls_token.shape[-1]
-    count = 0
-    layers = set()
-    for split, images in (("train", inputs.train), ("val", inputs.val)):
-        for layer in inputs.layers:
-            path = token_path(out / "tokens" / split, layer)
-            if not path.exists():
-                part = path.with_suffix(".part")
-                there = part.stat().st_size if part.exists() else 0
-                count += max(0, 2 * width * len(images.names) - there)
-                layers.add(layer)
-    saes = [folder for folder in folders.sae.values() if not folder.is_dir()]
-    count += 8 * training.expansion * width**2 * len(saes)
-    check_disk(out, count, f"{len(layers)} layers of class tokens, {len(saes)} SAEs")
-    used = {*folders.saes.values(), *(path.parent for path in folders.scores.values())}
+    rows = len(inputs.train.names) + len(inputs.val.names)
+    tokens = 2 * width * rows * len(inputs.layers)
+    saes = 8 * jobs[0].training.expansion * width**2 * len(jobs)
+    done = 0
+    for path in out.rglob("*"):
+        if path.suffix in (".npy", ".part", ".safetensors"):
+            done += path.stat().st_size
+    check_disk(out, max(0, tokens + saes - done), "class tokens and SAEs")
+    used = {path.parent for job in jobs for path in (job.sae, job.scores)}
     unused = {*(out / "saes").glob("*"), *(out / "scores").glob("*")} - used
     if unused:
         names = ", ".join(sorted(str(path.relative_to(out)) for path in unused))
@@ -415,70 +363,58 @@ def say_what_is_written(inputs, training, folders, out):
 def run(settings):
     if RANK > 0:
         barrier()  # the first process fetches what has to be fetched
-    times = [time.time()]
+    start = time.time()
     out = where_to(settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else "no GPU is used"
-    if settings.device == "cpu" and not torch.backends.cuda.is_built():
-        card += ": this PyTorch is a build without CUDA"
-    print(f"      device: {settings.device} ({card})")
+    build = "" if torch.backends.cuda.is_built() else ", this PyTorch is a build without CUDA"
+    print(f"      device: {settings.device} ({card}{build})")
     if settings.push_to_hub:
-        hub.check_token(settings.push_to_hub)
+        HfApi().whoami()  # raises where there is no token, before the hours are spent
     with lock(out):
         inputs = find_inputs(settings, out)
         tokens = out / "tokens"
         trainings = trainings_of(settings, len(inputs.train.names))
         about = check_tokens(settings, inputs, tokens)
-        folders = folders_of(settings, inputs, trainings, out, about)
+        jobs = jobs_of(settings, inputs, trainings, out, about)
         if RANK == 0:
             barrier()
-        say_what_is_written(inputs, trainings[0], folders, out)
+        say_what_is_written(inputs, jobs, out)
         print(f"[1/4] images -> class tokens ({about['precision']})")
-        labels = record_tokens(settings, inputs, tokens, about["precision"])
-        times.append(time.time())
+        labels = record_tokens(settings, inputs, tokens, about)
         print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or trainings[0]}")
         if not settings.saes:
-            train_saes(settings, trainings, tokens, folders)
-        times.append(time.time())
+            train_saes(settings, jobs, tokens)
         print("[3/4] latents -> scores")
-        scores = score_layers(settings, inputs, tokens, labels, folders)
-        times.append(time.time())
+        scores = score_layers(settings, inputs, tokens, labels, jobs)
         if RANK == 0:
             print("[4/4] scores -> tables, figures, report")
-            seconds = np.diff(times).round(1).tolist()
             record = {
-                "settings": vars(settings) | {"batch_size": trainings[0].batch_size},
-                "made_of": about, "saes": str(folders.saes[settings.seed]),
-                "seconds": dict(zip(("tokens", "saes", "scores"), seconds)),
+                "settings": vars(settings), "made_of": about, "training": asdict(trainings[0]),
                 "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
-                **tables_of(scores, inputs.tree)}
-            write_results(settings, inputs, folders, scores, record, labels)
-            print(f"Done in {time.time() - times[0]:.0f} s.")
+                **tables_of(scores)}
+            write_results(settings, inputs, out, jobs, record, labels["val_ids"])
+            print(f"Done in {time.time() - start:.0f} s.")
 
 
-def write_results(settings, inputs, folders, scores, record, labels):
+def write_results(settings, inputs, out, jobs, record, ids):
     """Stage 4: tables, claims, figures and the report; the first seed's latents are shown."""
-    first = settings.seed
-    saes = folders.saes[settings.seed]
+    saes = jobs[0].sae.parent
+    shown = [(job.scores.parent.name, job.layer) for job in jobs]
+    folder = out / "results" / f"{name_of(jobs[0].training)}-{short_hash(shown)}"
     inputs.model.to(settings.device)  # for the maps
-    with write_aside(folders.results) as part:
-        title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
-        shown = report.write(
-            part, "The built-in demo" if settings.data == "demo" else title, inputs, record,
-            {layer: scores[layer, first] for layer in inputs.layers},
-            {layer: folders.sae[layer, first] for layer in inputs.layers}, labels["val_ids"])
-    print(shown)
+    title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
+    with write_aside(folder) as part:
+        print(report.write(part, title, inputs, record, saes, ids))
     if not settings.saes:
-        tables = (folders.results / "tables.md").read_text(encoding="utf-8")
-        hub.write_card(saes, settings.push_to_hub or "USER/NAME", inputs, settings.backbone, tables)
+        hub.write_card(saes, settings.push_to_hub or "USER/NAME", inputs, settings.backbone, folder)
     if settings.push_to_hub:
-        hub.publish(settings.push_to_hub, saes, folders.results)
-    print(f"\nReport: {folders.results / 'report.html'}")
+        hub.publish(settings.push_to_hub, saes, folder)
+    print(f"\nReport: {folder / 'report.html'}")
 
 
 def main(argv=None):
     plain_streams()
-    with redirect_stderr(sys.stderr if RANK == 0 else io.StringIO()):  # said once
-        settings = parse_settings(argv)
+    settings = parse_settings(argv)
     return run_as_command(run, settings, (BackboneError, ImageError, SAEError, TaxonomyError))
 
 

@@ -8,8 +8,8 @@ WordNet's noun hypernyms form a directed acyclic graph with one root, entity.n.0
 synset may have several hypernyms. A node is known by its wnid, "n" and the eight-digit offset in
 WordNet 3.0, never by its name: "crane", "cardigan" and "maillot" each name two ImageNet classes.
 
-The graph over ImageNet-1k's classes is shipped in imagenet1k_wordnet.txt, which `python
-taxonomy.py` rebuilds from NLTK's WordNet 3.0. Other wnids are looked up in NLTK's WordNet.
+The graph over ImageNet-1k's classes is shipped in imagenet1k_wordnet.txt, whose lines `python
+taxonomy.py` prints anew from NLTK's WordNet 3.0. Other wnids are looked up in NLTK's WordNet.
 """
 import functools
 import io
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray as Array
 
 SHIPPED = Path(__file__).with_name("imagenet1k_wordnet.txt")
 
@@ -44,21 +45,21 @@ class Taxonomy:
     """(V,) sorted"""
     names: list[str]
     """(V,) synset names: dog.n.01"""
-    classes: np.ndarray
+    classes: Array
     """(C,) int, the node of each class"""
-    leaves: np.ndarray
+    leaves: Array
     """(V, C) bool, True where the class is at or below the node: the ancestor matrix"""
-    height: np.ndarray
+    height: Array
     """(V,) int, edges on the longest path from the node down to a class; 0 with none below"""
-    height_shortest: np.ndarray
+    height_shortest: Array
     """(V,) int, edges on the shortest of these paths"""
-    depth: np.ndarray
+    depth: Array
     """(V,) int, edges on the longest path from the root down to the node"""
-    lowest: np.ndarray
+    lowest: Array
     """(V,) int, the lowest (deepest) node with the same classes: no latent can tell these apart"""
 
     @classmethod
-    def from_wnids(cls, wnids) -> "Taxonomy":
+    def from_wnids(cls, wnids):
         """The taxonomy of some classes, from the shipped graph, else from NLTK's WordNet.
 
         Raises TaxonomyError for a wnid that is none or unknown, and where WordNet cannot be had.
@@ -73,20 +74,21 @@ class Taxonomy:
         return cls.from_graph(graph, wnids)
 
     @classmethod
-    def from_graph(cls, graph: dict[str, Synset], wnids) -> "Taxonomy":
+    def from_graph(cls, graph, wnids):
         """The part of `graph` (wnid -> Synset) at or above classes. Raises TaxonomyError for two
         roots, and for a class given twice."""
-        above = set()
-        stack = list(wnids)
-        while stack:
-            if (wnid := stack.pop()) not in above:
-                above.add(wnid)
-                stack += graph[wnid].hypernyms
-        nodes = sorted(above)
         classes = list(wnids)
         if len(set(classes)) < len(classes):
             twice = next(wnid for wnid in classes if classes.count(wnid) > 1)
             raise TaxonomyError(f"class {twice} is given twice")
+        index = {}
+        pending = classes.copy()
+        while pending:
+            wnid = pending.pop()
+            if wnid not in index:
+                index[wnid] = None
+                pending += graph[wnid].hypernyms
+        nodes = sorted(index)
         index = {wnid: v for v, wnid in enumerate(nodes)}
         roots = [wnid for wnid in nodes if not graph[wnid].hypernyms]
         if len(roots) != 1:
@@ -117,7 +119,7 @@ class Taxonomy:
         names = [graph[wnid].name for wnid in nodes]
         return cls(nodes, names, class_nodes, leaves, height, shortest, depth, lowest)
 
-    def permuted(self, order) -> "Taxonomy":
+    def permuted(self, order):
         """The same tree, its classes reassigned to its leaves: class c takes the place of order[c].
 
         The control for kinship: classes, images and latents stay as they are, and the tree keeps
@@ -126,19 +128,15 @@ class Taxonomy:
         return replace(self, classes=self.classes[order], leaves=self.leaves[:, order])
 
     @functools.cached_property
-    def _best_first(self) -> np.ndarray:
-        """(V,) nodes as an LCH is chosen: deepest, then least height, fewest leaves, wnid."""
-        return np.lexsort((range(len(self.wnids)), self.leaves.sum(1), self.height, -self.depth))
+    def hypernyms(self):
+        """(H,) the distinct inner nodes: one, the lowest, for each set of at least two classes; the
+        deepest first, then least height, fewest leaves, wnid: the first above a set is its LCH."""
+        size = self.leaves.sum(1)
+        order = np.lexsort((range(len(size)), size, self.height, -self.depth))
+        distinct = self.lowest[order] == order
+        return order[distinct & (size[order] >= 2)]
 
-    @functools.cached_property
-    def hypernyms(self) -> np.ndarray:
-        """(H,) the distinct inner nodes: one, the lowest, for each set of at least two classes; in
-        the order in which an LCH is chosen, so that the first above a set of classes is its LCH."""
-        nodes = self._best_first
-        distinct = self.lowest[nodes] == nodes
-        return nodes[distinct & (self.leaves[nodes].sum(1) >= 2)]
-
-    def lch(self, sets) -> np.ndarray:
+    def lch(self, sets):
         """Lowest common hypernyms of M sets of classes: (M, C), non-zero where in the set -> (M,).
 
         Among the nodes at or above every class of a set, the deepest (longest path from the root),
@@ -146,63 +144,56 @@ class Taxonomy:
         leaves, then wnid. Raises TaxonomyError for an empty set.
         """
         sets = (np.asarray(sets) != 0).astype(np.float32)
-        size = sets.sum(1, keepdims=True)
+        size = sets.sum(1)
         if not size.all():
             raise TaxonomyError(f"set {int(np.argmin(size))} is empty and has no LCH")
-        nodes = self._best_first
-        above_all = sets @ self.leaves[nodes].astype(np.float32).T == size  # (M, V), exact
-        return nodes[above_all.argmax(1)]
+        under = sets @ self.leaves[self.hypernyms].T.astype(np.float32)  # (M, H), exact
+        lowest = self.hypernyms[(under == size[:, None]).argmax(1)]  # the lowest comes first
+        return np.where(size == 1, self.classes[sets.argmax(1)], lowest)
 
     @functools.cached_property
-    def pair_lch(self) -> np.ndarray:
+    def pair_lch(self):
         """(C, C) int32, the LCH of every pair of classes; on the diagonal the class itself."""
         pairs = np.zeros((len(self.classes), len(self.classes)), np.int32)
-        for v in self._best_first[::-1]:  # the best node above a pair is written last
+        for v in self.hypernyms[::-1]:  # the lowest node above a pair is written last
             below = np.flatnonzero(self.leaves[v])
             pairs[np.ix_(below, below)] = v
         np.fill_diagonal(pairs, self.classes)
         return pairs
 
 
-def read_graph(path) -> dict[str, Synset]:
+def read_graph(path):
     """Read lines of `wnid <tab> name <tab> hypernyms`; # starts a comment."""
     lines = Path(path).read_text().splitlines()
     rows = [line.split("\t") for line in lines if line and line[0] != "#"]
     return {wnid: Synset(name, tuple(hypernyms.split())) for wnid, name, hypernyms in rows}
 
 
-def imagenet1k() -> list[str]:
+def imagenet1k():
     """The 1,000 wnids of ImageNet-1k, sorted: the shipped nodes that nothing is below."""
     graph = read_graph(SHIPPED)
     return sorted(graph.keys() - {wnid for synset in graph.values() for wnid in synset.hypernyms})
 
 
-def wordnet_graph(wnids) -> dict[str, Synset]:
+def wordnet_graph(wnids):
     """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError where it lacks one."""
     wordnet = _wordnet()
-    wnids = sorted(set(wnids))
     graph = {}
-    stack = []
-    for wnid in wnids:
+    pending = list(wnids)
+    while pending:
+        wnid = pending.pop()
         try:
             with warnings.catch_warnings():  # of an unknown offset
                 warnings.simplefilter("ignore")
                 synset = wordnet.synset_from_pos_and_offset("n", int(wnid[1:]))
-        except Exception:  # as some versions of NLTK answer it
-            synset = None
-        if synset is None:
-            raise TaxonomyError(f"WordNet 3.0 has no synset {wnid}")
-        stack.append(synset)
-    while stack:
-        synset = stack.pop()
+            name = synset.name()
+        except Exception as error:  # versions of NLTK answer it in their own ways
+            raise TaxonomyError(f"WordNet 3.0 has no synset {wnid}") from error
         above = synset.hypernyms() + synset.instance_hypernyms()
-        graph[_wnid(synset)] = Synset(synset.name(), tuple(sorted(map(_wnid, above))))
-        stack += [hypernym for hypernym in above if _wnid(hypernym) not in graph]
+        above = sorted(f"n{hypernym.offset():08d}" for hypernym in above)
+        graph[wnid] = Synset(name, tuple(above))
+        pending += set(above) - graph.keys()
     return graph
-
-
-def _wnid(synset) -> str:
-    return f"n{synset.offset():08d}"
 
 
 def _wordnet():
@@ -217,7 +208,7 @@ def _wordnet():
             nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
             wordnet.ensure_loaded()
     except Exception as error:  # not there, or damaged: a truncated zip, say
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it was not found"
+        reason = (str(error).strip() or "it was not found").splitlines()[0]
         raise TaxonomyError(
             f"WordNet 3.0 is needed for wnids outside ImageNet-1k and cannot be read ({reason}): "
             "where there is internet run `python -m nltk.downloader -d nltk_data wordnet`, and set "
@@ -226,10 +217,5 @@ def _wordnet():
 
 
 if __name__ == "__main__":
-    graph = wordnet_graph(imagenet1k())
-    comments = [line for line in SHIPPED.read_text().splitlines() if line.startswith("#")]
-    lines = [f"{wnid}\t{graph[wnid].name}\t{' '.join(graph[wnid].hypernyms)}"
-             for wnid in sorted(graph)]
-    SHIPPED.write_text("\n".join(comments + lines) + "\n")
-    edges = sum(len(synset.hypernyms) for synset in graph.values())
-    print(f"{SHIPPED.name}: {len(graph):,} nodes, {edges:,} edges")
+    for wnid, synset in sorted(wordnet_graph(imagenet1k()).items()):
+        print(wnid, synset.name, " ".join(synset.hypernyms), sep="\t")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Which latent knows what a dog is?
-# From photographs to a named latent, on the kit's four modules alone: `dinov2_hooks`, `sae`,
-# `taxonomy`, `metrics`. Ten minutes on a CPU. The exercises at the end have solutions in
+# From photographs to a named latent, on the kit's four modules: `dinov2_hooks`, `sae`, `taxonomy`,
+# `metrics`. Ten minutes on a CPU. The exercises at the end have solutions in
 # `docs/solutions.md`.
 
 # %%
@@ -17,20 +17,20 @@ sys.path.insert(0, str(ROOT))  # where the modules are
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from PIL import Image
-from tqdm import tqdm
 
-from dinov2_hooks import HUB, finish, load_backbone, record, relevancy_maps, transform_of
+from dinov2_hooks import (HUB, finish, load_backbone, record, relevancy_maps, token_path,
+                          transform_of)
+from kit.data import Decoded, find_images
 from metrics import profile_latents, reconstruct, responses_of, score_hierarchy
-from sae import ActivationBuffer, Training, fast_precision, train_sae
+from sae import ActivationBuffer, Training, train_sae
 from taxonomy import Taxonomy
 
-# Settings. DATA: a folder of photographs for each class, named by its wnid. The default is there
-# after `python reproduce.py --data tiny-imagenet ...`, which fetches it.
-DATA = os.environ.get("DATA", ROOT / "data/tiny-imagenet-200/train")
-BACKBONE, HUB = os.environ.get("BACKBONE", "dinov2_vits14"), os.environ.get("HUB", HUB)
+# Settings. DATA: photographs, as for reproduce.py's --data; the README says how to get these.
+DATA = os.environ.get("DATA", ROOT / "data/tiny-imagenet-200")
+BACKBONE = os.environ.get("BACKBONE", "dinov2_vits14")
+HUB = os.environ.get("HUB", HUB)
 LAYER = 11  # a block of the backbone, from 0
-IMAGES = 50  # of each class for training, and as many for evaluation
+IMAGES = 50  # of each class for training
 STEPS = 1500  # of the SAE's training
 OUT = ROOT / "walkthrough"
 
@@ -41,36 +41,15 @@ OUT = ROOT / "walkthrough"
 
 # %%
 model = load_backbone(BACKBONE, str(HUB))
-classes = sorted(path.name for path in Path(DATA).glob("n*"))
-assert classes, f"there are no wnid folders in {DATA}"
-transform, width = transform_of(model), model.cls_token.shape[-1]
-
-
-class Photographs:
-    """The images of a split, and the class numbers of all."""
-
-    def __init__(self, chosen: slice):
-        items = []
-        for label, wnid in enumerate(classes):
-            for path in sorted(Path(DATA, wnid).rglob("*.[JjPp]*"))[chosen]:
-                items.append((path, label))
-        order = np.random.default_rng(0).permutation(len(items))
-        self.items = [items[i] for i in order]
-        self.labels = [label for _, label in self.items]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return transform(Image.open(self.items[i][0]).convert("RGB"))
-
-
-splits = {"train": Photographs(slice(IMAGES)), "val": Photographs(slice(IMAGES, 2 * IMAGES))}
-for name, photographs in splits.items():
-    if not (OUT / name / f"layer_{LAYER:02d}.npy").exists():
-        record(model, photographs, OUT / name, [LAYER], fast_precision("cpu"))
-        finish(OUT / name, [LAYER], len(photographs), width)
-train, val = (ActivationBuffer(OUT / name / f"layer_{LAYER:02d}.npy") for name in splits)
+transform = transform_of(model)
+splits = {}
+splits["train"], splits["val"], classes = find_images(DATA, IMAGES)
+for name, split in splits.items():
+    path = token_path(OUT / name, LAYER)
+    if not path.exists():
+        record(model, Decoded(split, transform), path.parent, [LAYER])
+        finish(path.parent, [LAYER])
+train, val = (ActivationBuffer(token_path(OUT / name, LAYER)) for name in splits)
 labels = splits["val"].labels
 
 # %% [markdown]
@@ -81,8 +60,7 @@ labels = splits["val"].labels
 # %%
 batch = max(16, min(256, train.rows // 8))
 settings = Training(batch_size=batch, epochs=max(1, STEPS * batch // train.rows))
-bar = tqdm(desc="SAE", unit="step")
-sae = train_sae(train, settings, progress=lambda step, steps, loss: bar.update())
+sae = train_sae(train, settings)
 quality, _ = reconstruct(sae, val.batches(2048), labels, len(classes), lambda tokens: tokens)
 print(f"\nFVU {quality.fvu:.2f}: the variance that is left; {quality.l0:.0f} latents fire an image")
 if quality.fvu > 1:
@@ -99,11 +77,11 @@ tree = Taxonomy.from_wnids(classes)
 profile = profile_latents(sae.encode, val.batches(2048), labels, len(classes))
 responses = responses_of(profile)
 scores = score_hierarchy(responses, tree)
-names = [tree.names[v] for v in scores.hypernyms]
-number = names.index("dog.n.01") if "dog.n.01" in names else int(scores.hypernym_match.argmax())
-latent, match = scores.hypernym_latent[number], scores.hypernym_match[number]
-assert latent >= 0, "no latent shows a hypernym: take more images, or more steps"
-print(f"Latent {latent} matches {names[number]} by {match:.2f}")
+names = [tree.names[v] for v in scores.nodes]
+number = names.index("dog.n.01") if "dog.n.01" in names else scores.best_latent_match.argmax()
+assert scores.best_latent[number] >= 0, "no latent shows it: take more images, or steps"
+latent = scores.latents[scores.best_latent[number]]
+print(f"Latent {latent} matches {names[number]} by {scores.best_latent_match[number]:.2f}")
 
 # %% [markdown]
 # ## 4. Is it the hierarchy?
@@ -129,17 +107,17 @@ print(f"Hypernyms matched {summary['hypernyms_matched']} of {len(names)}, under 
 
 # %%
 top = profile.top_images[latent, :6].tolist()
-images = torch.stack([splits["val"][i] for i in top])
-maps = relevancy_maps(model, images, LAYER, lambda tokens: sae.encode(tokens)[:, latent]).numpy()
+photographs = Decoded(splits["val"], transform)
+images = torch.stack([photographs[i][0] for i in top])
+maps = relevancy_maps(model, images, LAYER, lambda tokens: sae.encode(tokens)[:, latent])
 figure, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
 for i, (above, below) in enumerate(axes.T):
-    picture = images[i].permute(1, 2, 0).numpy()
-    picture = (picture - picture.min()) / (picture.max() - picture.min())
-    above.imshow(picture)
-    below.imshow(picture.mean(2), cmap="gray")
-    below.imshow(maps[i] ** 0.7, cmap="inferno", alpha=0.6, extent=(0, *picture.shape[:2], 0))
-    above.set(title=tree.names[tree.classes[labels[top[i]]]].rsplit(".", 2)[0])
-    above.axis("off"), below.axis("off")
+    picture = images[i].permute(1, 2, 0)
+    above.imshow((picture - picture.min()) / (picture.max() - picture.min()))
+    below.imshow(maps[i], cmap="inferno")
+    above.set(title=tree.names[tree.classes[labels[top[i]]]])
+    above.axis("off")
+    below.axis("off")
 figure.suptitle(f"layer {LAYER}, latent {latent}: {names[number]}")
 figure.savefig(OUT / "latent.png", dpi=120)
 

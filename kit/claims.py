@@ -4,13 +4,10 @@ S is how much better a score is than its mean over permuted trees, with the sign
 hierarchy larger. Over several seeds all must agree, and the worst p or interval is shown. How often
 each verdict is wrong where the truth is known is in docs/results.md (tests/controls.py).
 """
-import math
-import random
-
 import numpy as np
 
 from kit.probes import class_draws
-from kit.rows import matched_sets
+from kit.rows import values_of
 from metrics import kappa
 
 SCORES = {  # columns of hierarchy.csv: name, and the sign that makes more hierarchy larger
@@ -24,8 +21,7 @@ MAIN = "lch_height_between"
 FEWEST_LAYERS = 4  # below these, nothing can be judged
 FEWEST_SEEDS = 3
 FEWEST_CLASSES = 10
-T_QUANTILES = {  # 0.975 quantiles of Student's t, by the number of seeds
-    2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+T_QUANTILES = 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # 0.975, for 3 to 10 seeds
 BY_CLASS = {  # columns of layers.csv as a ratio of two sums over classes
     "probe_top1": ("category information grows with depth", "correct", "images"),
     "nmse": ("early layers are easier to auto-encode", "error", "squares"),
@@ -33,36 +29,39 @@ BY_CLASS = {  # columns of layers.csv as a ratio of two sums over classes
 }
 
 
-def hierarchy_value(record, column, dictionary="sae", tree="wordnet"):
-    """One number of a layer's rows of hierarchy.csv; NaN where it is not defined."""
-    for row in record["hierarchy"]:
-        if (row["dictionary"], row["tree"]) == (dictionary, tree):
-            return float("nan") if row[column] is None else row[column]
-    raise KeyError((dictionary, tree))
+def gather(scores, table, key):
+    """(L, S, ...) what all records hold, by layer and seed."""
+    layers = {layer for layer, _ in scores}
+    values = np.array([record[table][key] for record in scores.values()], float)
+    return values.reshape(len(layers), -1, *values.shape[1:])
 
 
-def surplus(record, column, dictionary="sae"):
-    """S: how much better than under permuted trees."""
-    value = hierarchy_value(record, column, dictionary)
-    return SCORES[column][1] * (value - hierarchy_value(record, column, dictionary, "permuted"))
+def score_of(scores, column, dictionary="sae", tree="wordnet"):
+    """(L, S) a column of hierarchy.csv by layer and seed; larger means more hierarchy."""
+    rows = sum((record["hierarchy"] for record in scores.values()), [])
+    values = values_of(rows, column, dictionary=dictionary, tree=tree)
+    return SCORES[column][1] * values.reshape(len({layer for layer, _ in scores}), -1)
 
 
-def p_values(record, column):
-    """The share of trees, WordNet's among them, at least as good; and at least as bad."""
-    sign = SCORES[column][1]
-    value = sign * hierarchy_value(record, column)
-    draws = sign * np.array(record["permuted_draws"][column], float)
+def surplus(scores, column, dictionary="sae"):
+    """(L, S) S: how much better than under permuted trees."""
+    permuted = score_of(scores, column, dictionary, "permuted")
+    return score_of(scores, column, dictionary) - permuted
+
+
+def p_values(scores, column):
+    """(L, S) the share of trees, WordNet's among them, at least as good; and at least as bad."""
+    value = score_of(scores, column)[..., None]
+    draws = SCORES[column][1] * gather(scores, "permuted_draws", column)  # (L, S, D)
     as_good = ~(draws < value)
     as_bad = ~(draws > value)  # where a score is NaN, both
-    return tuple(float(1 + count.sum()) / (1 + len(draws)) for count in (as_good, as_bad))
+    return tuple((1 + trees.sum(2)) / (1 + trees.shape[2]) for trees in (as_good, as_bad))
 
 
 def t_interval(values):
     """The 95% interval of a mean over seeds; above ten seeds a little too wide."""
-    t = T_QUANTILES[min(len(values), 10)]
-    mean = np.mean(values)
-    half = t * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(mean - half), float(mean + half)
+    half = T_QUANTILES[min(len(values), 10) - 3] * np.std(values, ddof=1) / len(values) ** 0.5
+    return np.mean(values) - half, np.mean(values) + half
 
 
 def verdict(holds, opposite):
@@ -77,44 +76,44 @@ def thirds(by_layer):
 
 
 def curveball(matched, draws, seed=0):
-    """Yields random matrices with the row and column sums of matched (L, H), bool (Strona et al.
-    2014). A trade reassigns what only one of two rows holds; between two draws there are 5 L²
-    trades, at most 1,000."""
-    rows = [set(np.flatnonzero(row).tolist()) for row in matched]
-    rng = random.Random(seed)
+    """Yields random matrices with the row and column sums of matched (L, H), bool.
+
+    Global curveball (Carstens, Hamann, Meyer et al. 2018): in a round all rows are paired at
+    random, and what only one of a pair holds is dealt anew between the two. Between draws there are
+    10 L rounds, but at most 1,000 trades.
+    """
+    rng = np.random.default_rng(seed)
+    matched = matched.copy()
+    L = len(matched)
     for _ in range(draws):
-        for _ in range(min(5 * len(rows) ** 2, 1000)):
-            a, b = rng.sample(range(len(rows)), 2)
-            common = rows[a] & rows[b]
-            pool = list(rows[a] ^ rows[b])
-            rng.shuffle(pool)
-            only_a = len(rows[a]) - len(common)
-            rows[a], rows[b] = common | set(pool[:only_a]), common | set(pool[only_a:])
-        drawn = np.zeros_like(matched)
-        for row, columns in zip(drawn, rows):
-            row[list(columns)] = True
-        yield drawn
+        for _ in range(min(10 * L, 2000 // L)):
+            first, second = rng.permutation(L)[: L // 2 * 2].reshape(2, -1)
+            a = matched[first]  # (L/2, H)
+            differ = a ^ matched[second]
+            order = np.where(differ, rng.random(a.shape), 2).argsort(1).argsort(1)
+            dealt = order < (a & differ).sum(1, keepdims=True)
+            matched[first] = np.where(differ, dealt, a)
+            matched[second] = np.where(differ, ~dealt, a)
+        yield matched
 
 
 def nearness(matched):
     """Mean kappa of neighbouring layers less that of all other pairs of layers."""
     agreement = kappa(matched)
-    a, b = np.triu_indices(len(agreement), 1)
-    pairs = agreement[a, b]
-    near = b - a == 1
-    return float(pairs[near].mean() - pairs[~near].mean())
+    layers = np.arange(len(matched))
+    distance = np.abs(layers - layers[:, None])
+    return agreement[distance == 1].mean() - agreement[distance > 1].mean()
 
 
 def rank_correlation(x, y):
-    """Spearman's rho; NaN where x or y is constant."""
+    """Spearman's rho of x and y (N,); NaN where one of them is constant."""
     ranks = []
-    for values in (np.asarray(x, float), np.asarray(y, float)):
+    for values in (x, y):
         below = values[:, None] > values
-        level = values[:, None] == values
-        ranks.append(below.sum(1) + level.sum(1) / 2)  # ties get their mean
-    if len(ranks[0]) < 2 or not all(np.ptp(rank) for rank in ranks):
-        return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+        ranks.append(below.sum(1) - below.sum(0))  # centred; ties get their mean
+    a, b = ranks
+    scale = np.sqrt((a @ a) * (b @ b))
+    return a @ b / scale if scale else np.nan
 
 
 # ---------------------------------------------------------------- the claims, a row each
@@ -123,27 +122,11 @@ def rank_correlation(x, y):
 def row_of(claim, statistic, values, verdict="no test", about_hierarchy=True, **more):
     """A row of claims.csv; values: one for each seed."""
     values = np.array(values, float)
-    spread = float(values.std()) if len(values) > 1 else None
     row = {"claim": claim, "about_hierarchy": about_hierarchy, "verdict": verdict,
-           "seeds": len(values), "value": float(values.mean()), "permuted": None, "spread": spread,
+           "seeds": len(values), "value": values.mean(), "permuted": None,
+           "spread": values.std() if len(values) > 1 else None,
            "low": None, "high": None, "p_value": None, "statistic": statistic}
     return row | more
-
-
-def is_there(claim, layer, column):
-    """Is a score better than under permuted trees? layer: its records, one for each seed."""
-    values = []
-    permuted = []
-    p = []
-    opposite = []
-    for record in layer:
-        values.append(hierarchy_value(record, column))
-        permuted.append(hierarchy_value(record, column, tree="permuted"))
-        as_good, as_bad = p_values(record, column)
-        p.append(as_good <= 0.05), opposite.append(as_bad <= 0.05)
-    worst = max(p_values(record, column)[0] for record in layer)
-    return row_of(claim, f"{SCORES[column][0]}, last layer", values, verdict(p, opposite),
-                  permuted=float(np.mean(permuted)), p_value=worst)
 
 
 def over_the_seeds(claim, statistic, values, first=True, last=True):
@@ -156,71 +139,59 @@ def over_the_seeds(claim, statistic, values, first=True, last=True):
                   low=low, high=high)
 
 
-def over_the_classes(claim, statistic, values, draws):
-    """The same by a bootstrap over classes: draws, one array for each seed."""
-    low, high = np.nanquantile(draws, [0.025, 0.975], axis=1)  # (seeds,) each
-    return row_of(claim, statistic, values, verdict(low > 0, high < 0), about_hierarchy=False,
-                  low=float(low.min()), high=float(high.max()))
+def over_the_classes(claim, statistic, draws):
+    """The same by a bootstrap over classes: draws (S, 1 + D), of which the first is no draw: in it
+    each class is there once."""
+    low, high = np.nanquantile(draws[:, 1:], [0.025, 0.975], axis=1)  # (S,) each
+    return row_of(claim, statistic, draws[:, 0], verdict(low > 0, high < 0), about_hierarchy=False,
+                  low=low.min(), high=high.max())
 
 
-def hierarchy_claims(layers):
-    """layers: of every layer the records, one for each seed."""
+def over_layers(row, layers):
+    """A row that compares layers is judged where there are some."""
+    return row | ({"verdict": "too few layers"} if layers < FEWEST_LAYERS else {})
+
+
+def hierarchy_claims(scores):
     rows = []
-    first = layers[0]
-    last = layers[-1]
-    for column, (name, _) in SCORES.items():
+    for column, (name, sign) in SCORES.items():
         by = "" if column == MAIN else f", by {name}"
-        rows.append(is_there(f"the hierarchy is there{by}", last, column))
-        in_last = rows[-1]["verdict"] == "holds"
-        in_first = is_there("", first, column)["verdict"] == "holds"
-        by_layer = np.array([[surplus(record, column) for record in layer] for layer in layers])
-        rows.append(over_the_seeds(f"it grows with depth{by}", f"{name}: S, last third of layers "
-                                   "less first", thirds(by_layer), in_first, in_last))
-        if len(layers) < FEWEST_LAYERS:
-            rows[-1]["verdict"] = "too few layers"
+        as_good, as_bad = p_values(scores, column)
+        permuted = score_of(scores, column, tree="permuted")[-1].mean()
+        rows.append(row_of(f"the hierarchy is there{by}", f"{name}, last layer",
+                           sign * score_of(scores, column)[-1],
+                           verdict(as_good[-1] <= 0.05, as_bad[-1] <= 0.05),
+                           permuted=sign * permuted, p_value=as_good[-1].max()))
+        there = (as_good <= 0.05).all(1)  # (L,)
+        by_layer = surplus(scores, column)
+        grows = over_the_seeds(f"it grows with depth{by}", f"{name}: S, last third of layers less "
+                               "first", thirds(by_layer), there[0], there[-1])
+        rows.append(over_layers(grows, len(there)))
         if column == MAIN:
-            untrained = [surplus(record, column, "untrained") for record in last]
+            training = by_layer - surplus(scores, column, "untrained")
             rows.append(over_the_seeds("training brings it", f"{name}: S, SAE less untrained SAE, "
-                                       "last layer", by_layer[-1] - untrained, last=in_last))
+                                       "last layer", training[-1], last=there[-1]))
     return rows
 
 
-def layer_claims(layers, draws):
-    """What the paper says of layers, whatever the hierarchy; draws (C, D) of the classes."""
+def layer_claims(scores, draws):
+    """What the paper says of layers, whatever the hierarchy; draws: of `class_draws`."""
     rows = []
     for column, (claim, above, below) in BY_CLASS.items():
-        values = []
-        drawn = []
-        for layer in layers:
-            values.append([record["layers"][column] for record in layer])
-            sums = [record["by_class"] for record in layer]
-            drawn.append([np.array(each[above]) @ draws / (np.array(each[below]) @ draws)
-                          for each in sums])
-        rows.append(over_the_classes(claim, f"{column}, last third of layers less first",
-                                     thirds(np.array(values)), thirds(np.array(drawn))))
-        if len(layers) < FEWEST_LAYERS:
-            rows[-1]["verdict"] = "too few layers"
+        ratio = gather(scores, "by_class", above) @ draws
+        ratio /= gather(scores, "by_class", below) @ draws  # (L, S, 1 + D)
+        row = over_the_classes(claim, f"{column}, last third of layers less first", thirds(ratio))
+        rows.append(over_layers(row, len(ratio)))
     return rows
 
 
-def probe_claims(last):
+def probe_claims(scores):
     """Does one latent tell a hypernym better than one unit of the baselines?"""
     rows = []
     for other, name in (("untrained", "an untrained one"), ("neurons", "a neuron")):
-        values = []
-        draws = []
-        for record in last:
-            iou = {}
-            for row in record["probes"]:
-                if row["units"] == 1 and row["tree"] == "wordnet":
-                    iou[row["dictionary"]] = row["iou"]
-            values.append(iou["sae"] - iou[other])
-            of_sae = record["iou_draws"]["sae"]
-            of_other = record["iou_draws"][other]
-            draws.append(np.array(of_sae, float) - np.array(of_other, float))
+        draws = gather(scores, "iou_draws", "sae") - gather(scores, "iou_draws", other)
         rows.append(over_the_classes(f"a latent tells a hypernym better than {name}",
-                                     "probe IoU with one unit, difference, last layer", values,
-                                     draws))
+                                     "probe IoU with one unit, difference, last layer", draws[-1]))
     return rows
 
 
@@ -230,53 +201,44 @@ def consistency_claim(matched, draws=1000):
     statistic = "kappa, neighbouring layers less all others"
     values = []
     p = []
-    opposite = []
     for sets in matched:
         sets = sets[sets.any(1) & ~sets.all(1)]
         if len(sets) < FEWEST_LAYERS:
             return row_of(claim, statistic, [np.nan] * len(matched), "too few layers", False)
         values.append(nearness(sets))
-        drawn = np.array(list(map(nearness, curveball(sets, draws))))
-        p.append((1 + (drawn >= values[-1] - 1e-9).sum()) / (1 + draws))
-        opposite.append((1 + (drawn <= values[-1] + 1e-9).sum()) / (1 + draws))
-    judged = verdict(np.array(p) <= 0.05, np.array(opposite) <= 0.05)
-    return row_of(claim, statistic, values, judged, False, p_value=float(max(p)))
+        drawn = np.array([nearness(other) for other in curveball(sets, draws)]) - values[-1]
+        p.append([1 + (drawn >= -1e-9).sum(), 1 + (drawn <= 1e-9).sum()])
+    as_near, as_far = np.array(p).T / (1 + draws)
+    return row_of(claim, statistic, values, verdict(as_near <= 0.05, as_far <= 0.05), False,
+                  p_value=as_near.max())
 
 
-def described(last, hypernyms):
+def described(relations, hypernyms):
     """What no test can judge: hypernyms are nested, and what is matched fires by definition."""
     correlations = []
-    shares = []
-    expected = []
     for rows in hypernyms:
-        emerged = [row for row in rows if row["emergence_layer"] is not None]
-        correlations.append(rank_correlation([row["height"] for row in emerged],
-                                             [-row["emergence_layer"] for row in emerged]))
-    for record in last:
-        for row in record["relations"]:
-            if row["dictionary"] == "sae":
-                shares.append(row["related"]), expected.append(row["expected"])
+        layer = values_of(rows, "emergence_layer")
+        emerged = np.isfinite(layer)
+        height = values_of(rows, "height")
+        correlations.append(rank_correlation(height[emerged], -layer[emerged]))
+    where = {"dictionary": "sae", "layer": relations[-1]["layer"]}
+    expected = values_of(relations, "expected", **where).mean()
     return [
         row_of("general hypernyms emerge earlier", "Spearman's rho of height and earliness",
                correlations),
         row_of("general latents fire where specific ones do", "share of top images; for permuted: "
-               "expected from class rates; last layer", shares,
-               permuted=float(np.mean(np.array(expected, float))))]
+               "expected from class rates; last layer", values_of(relations, "related", **where),
+               permuted=expected)]
 
 
-def claims_of(records, hypernyms, tree):
-    """Rows of claims.csv. records: by (layer, seed), as stage 3 makes them; hypernyms: the rows of
-    hypernyms.csv by seed."""
-    layers = []
-    matched = []
-    for layer in sorted({layer for layer, _ in records}):
-        layers.append([records[layer, seed] for seed in hypernyms])
-    for of_seed in zip(*layers):
-        matched.append(matched_sets([record["hypernyms"] for record in of_seed], tree))
-    rows = hierarchy_claims(layers)
-    rows += layer_claims(layers, class_draws(len(tree.classes)).numpy())
-    rows += probe_claims(layers[-1]) + [consistency_claim(matched)]
-    if len(tree.classes) < FEWEST_CLASSES:
+def claims_of(scores, hypernyms, matched, relations):
+    """Rows of claims.csv. scores: by (layer, seed), sorted, as stage 3 makes them; for each
+    seed the rows of hypernyms.csv, and (L, H) which hypernyms are matched."""
+    images = gather(scores, "by_class", "images")  # (L, S, C)
+    classes = images.shape[2]
+    rows = hierarchy_claims(scores) + layer_claims(scores, class_draws(classes).numpy())
+    rows += probe_claims(scores) + [consistency_claim(matched)]
+    if classes < FEWEST_CLASSES:
         for row in rows:
             row["verdict"] = "too few classes"
-    return rows + described(layers[-1], list(hypernyms.values()))
+    return rows + described(relations, hypernyms)

@@ -7,9 +7,10 @@ import torch
 
 from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transform_of
 from kit import demo
-from kit.data import Split, fetch_tiny_imagenet, find_images
+from kit.data import Split, find_images
 from kit.runs import InputError
 from metrics import hypernyms_to_find
+from sae import top_k_of
 from taxonomy import Taxonomy
 
 
@@ -37,8 +38,6 @@ def where_to(settings):
         settings.backbone = "demo"
         settings.hub = "built in"
         return Path(settings.out or "runs/demo")
-    if data == "tiny-imagenet" and not Path(data).is_dir():
-        data = str(fetch_tiny_imagenet())
     settings.data = data
     settings.hub = settings.hub or HUB
     settings.backbone = settings.backbone or "dinov2_vitg14"
@@ -47,48 +46,39 @@ def where_to(settings):
 
 def find_inputs(settings, out):
     """Images, taxonomy and model; what is wrong with them is raised here."""
+    folder = settings.data
     if settings.data == "demo":
         print(demo.NOTE)
         transform = eval_transform(demo.SIZE, demo.SIZE)
         model, folder = demo.open_demo(out, transform.transforms[-1])
-    else:
-        model = None
-        folder = settings.data
-    train, val, classes = find_images(str(folder), settings.images_per_class)
+    train, val, classes = find_images(folder, settings.images_per_class)
     tree = Taxonomy.from_wnids(classes)
-    counts = (len(train.names), len(val.names))
-    note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts, len(classes))
+    counts = len(train.names), len(val.names), len(classes)
+    note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts)
     print(f"      {note}")
     if len(hypernyms_to_find(tree)) == 0:
         raise InputError(f"--data {settings.data}: no hypernym has two of these {len(classes)} "
                          "classes and at most half of them, so none can be found; give more")
     if settings.top_k > counts[1]:
         raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
-    if (settings.batch_size or 1) > counts[0]:
-        raise InputError(f"--batch-size {settings.batch_size} is above {counts[0]} training images")
-    if model is None:
+    if settings.data != "demo":
         model = load_backbone(settings.backbone, settings.hub)
         transform = transform_of(model) if settings.transform == "model" else eval_transform()
-        resize, crop, _, normalise = transform.transforms
-        print(f"      images: short side {resize.size}, crop {crop.size[0]}, "
-              f"mean {normalise.mean}, deviation {normalise.std}")
+        print(f"      images: {' '.join(str(transform).split())}")
     layers = parse_layers(settings.layers, len(blocks_of(model)))
-    latents = settings.expansion * model.cls_token.shape[-1]
-    if settings.activation != "relu" and int(settings.activation[5:]) > latents:
-        raise InputError(f"--activation {settings.activation}: there are only {latents} latents")
+    top_k_of(settings.activation, settings.expansion * model.cls_token.shape[-1])  # or raises
     return Inputs(model, transform, train, val, tree, layers, note)
 
 
 def parse_layers(text, depth):
     """"all", "last", "0-3", "1,4-6" -> layer numbers, in order and each once."""
-    if text in ("all", "last"):
-        return list(range(depth)) if text == "all" else [depth - 1]
+    text = {"all": f"0-{depth - 1}", "last": f"{depth - 1}"}.get(text, text)
     layers = set()
     for part in text.split(","):
-        first = int(part.partition("-")[0])
-        last = int(part.rpartition("-")[2])
-        if last < first or last >= depth:
+        first, *last = map(int, part.split("-"))
+        numbers = range(first, (last or [first])[0] + 1)
+        if not numbers or numbers[-1] >= depth:
             raise InputError(f"--layers {text}: {part} is empty or out of range, the backbone has "
                              f"layers 0 to {depth - 1}")
-        layers |= set(range(first, last + 1))
+        layers |= set(numbers)
     return sorted(layers)

@@ -5,8 +5,6 @@ fires, under which a latent looks poor only because of where its threshold lies.
 tokens, scored on validation tokens by IoU: images that are under the hypernym *and* get a yes, over
 those of which either is true.
 """
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
@@ -15,45 +13,47 @@ from metrics import as_labels, hypernyms_to_find, leaves_of, mean_of, sort_rows
 TOKENS = 65_536  # training tokens on which the probes are fitted
 UNITS = (1, 4, 16)  # how many a probe may use
 LARGE = 5  # classes; two- and three-class hypernyms are half of ImageNet's, and hard to probe
-CHUNK = 16  # hypernyms at once: bounds the memory
 
 
-@torch.inference_mode()
-def unit_values(encode, batches, rows):
-    """The first tokens -> (m, rows) in half precision, a unit's values side by side in memory."""
-    z = None
-    start = 0
-    for x in batches:
-        part = encode(x[: rows - start]).half().T
-        if z is None:
-            z = part.new_empty(len(part), rows)
-        z[:, start : start + part.shape[1]] = part
-        start += part.shape[1]
-        if start == rows:
-            break
+def unit_values(encode, buffer, rows):
+    """The first tokens of an ActivationBuffer -> (m, rows) in half precision: the values of a unit
+    lie side by side in memory."""
+    m = encode(buffer.rows_at(slice(1))).shape[1]
+    z = torch.empty(m, rows, dtype=torch.float16, device=buffer.device)
+    for start in range(0, rows, 2048):
+        stop = min(rows, start + 2048)
+        z[:, start:stop] = encode(buffer.rows_at(slice(start, stop))).T
     return z
 
 
-class UnitStatistics(NamedTuple):
-    """Over the training tokens; tensors on the units' device."""
+class Units:
+    """The m units of a dictionary, on N training and N' validation tokens of C classes.
 
-    mean: torch.Tensor  # (m,)
-    deviation: torch.Tensor  # (m,), infinite for a constant unit, which tells nothing
-    sums: torch.Tensor  # (m, C) of the values over a class's images
-    images: torch.Tensor  # (C,)
+    Their values are standardised by those on training tokens; a constant unit tells nothing.
+    """
 
+    def __init__(self, encode, train, val, labels, classes):
+        N = min(TOKENS, train.rows)
+        self.z = unit_values(encode, train, N)  # (m, N)
+        self.z_val = unit_values(encode, val, val.rows)  # (m, N')
+        self.labels = as_labels(labels["train"], train.rows)[:N].to(train.device)
+        self.val_labels = as_labels(labels["val"], val.rows).to(val.device)
+        self.sums = torch.zeros(len(self.z), classes, device=train.device)  # over a class's images
+        for rows in torch.arange(len(self.z), device=train.device).split(512):  # bounds the memory
+            values = self.z[rows].float()
+            deviation, mean = torch.std_mean(values, dim=1, correction=0, keepdim=True)
+            deviation[deviation == 0] = torch.inf
+            values = (values - mean) / deviation
+            self.z[rows] = values.half()
+            self.z_val[rows] = ((self.z_val[rows].float() - mean) / deviation).half()
+            self.sums[rows] = self.sums[rows].index_add(1, self.labels, values)
 
-def unit_statistics(z, labels, classes):
-    sums = torch.zeros(len(z), classes, device=z.device)
-    mean = torch.zeros_like(sums[:, 0])
-    deviation = torch.zeros_like(sums[:, 0])
-    for rows in torch.arange(len(z), device=z.device).split(512):
-        values = z[rows].float()
-        deviation[rows], mean[rows] = torch.std_mean(values, dim=1, correction=0)
-        sums[rows] = sums[rows].index_add(1, labels, values)
-    deviation.masked_fill_(deviation == 0, torch.inf)
-    images = torch.bincount(labels, minlength=classes).float()
-    return UnitStatistics(mean, deviation, sums, images)
+    def hits(self, values, val_values, classes):
+        """values (N,), (N',) of a rule -> (C,) on how many validation images of a class it says
+        yes, by the threshold for the hypernym of these classes (C,), 0 or 1."""
+        threshold = best_threshold(values, classes[self.labels] > 0)
+        yes = self.val_labels[val_values >= threshold]
+        return torch.bincount(yes, minlength=len(classes)).cpu().float()
 
 
 def best_threshold(values, under):
@@ -68,147 +68,80 @@ def best_threshold(values, under):
     return candidates[(right / (yes + len(candidates) - right)).argmax()]
 
 
-class Rule(NamedTuple):
-    """For H hypernyms: the first K of their units @ weights at or above the threshold."""
-
-    weights: torch.Tensor  # (H, K), of standardised units
-    threshold: torch.Tensor  # (H,)
-
-
-class HypernymProbe:
-    """Rules for the hypernyms of a tree, for each number of units; None is all units at once.
-
-    Units are standardised and ranked by |mean under the hypernym|. On the first K ridge regression,
-    with a penalty of 0.001 N, to the indicator of the hypernym's images less its mean; then the
-    threshold of the largest IoU on the same tokens.
-    """
-
-    def __init__(self, z, labels, about, tree, counts):
-        self.about = about
-        self.rules = {}
-        N = z.shape[1]
-        leaves = leaves_of(tree, hypernyms_to_find(tree), z.device)  # (H, C)
-        under = leaves[:, labels] > 0  # (H, N)
-        positives = leaves @ about.images  # (H,)
-        target = leaves @ about.sums.T - positives[:, None] * about.mean
-        target = target / about.deviation  # (H, m): the units' products with the indicator
-        ranks = (target / positives[:, None].clamp(min=1)).abs()
-        several = [count for count in counts if count]
-        self.units = ranks.topk(min(max(several), len(z)), dim=1).indices  # (H, K)
-        chosen = target.gather(1, self.units)
-        rules = {count: ([], []) for count in counts}
-        for rows in self.chunks():
-            x = self.standardised(z, rows)  # (h, K, N)
-            gram = x @ x.mT + 0.001 * N * torch.eye(x.shape[1], device=z.device)
-            for count in several:
-                part = chosen[rows, :count, None]
-                weights = torch.linalg.solve(gram[:, :count, :count], part)
-                values = (weights.mT @ x[:, :count]).squeeze(1)
-                rules[count][0].append(weights.squeeze(2))
-                rules[count][1].extend(map(best_threshold, values, under[rows]))
-        if None in counts:
-            x = self.standardised(z)  # (m, N)
-            gram = x @ x.T + 0.001 * N * torch.eye(len(x), device=z.device)
-            weights = torch.linalg.solve(gram, target.T).T
-            rules[None] = [weights], list(map(best_threshold, weights @ x, under))
-        for count, (weights, thresholds) in rules.items():
-            self.rules[count] = Rule(torch.cat(weights), torch.stack(thresholds))
-
-    def chunks(self):
-        return torch.arange(len(self.units), device=self.units.device).split(CHUNK)
-
-    def standardised(self, z, rows=None):
-        """The units of some hypernyms, (h, K, N), or all, (m, N)."""
-        units = slice(None) if rows is None else self.units[rows]
-        mean = self.about.mean[units]
-        deviation = self.about.deviation[units]
-        return z[units].float().sub_(mean[..., None]).div_(deviation[..., None])
-
-    def hits(self, z, labels):
-        """K -> (H, C) on how many images of a class the rule says yes."""
-        shape = (len(self.units), len(self.about.images))
-        hits = {}
-        for count in self.rules:
-            hits[count] = torch.zeros(shape, device=z.device)
-        for rows in self.chunks():
-            x = self.standardised(z, rows)
-            for count, rule in self.rules.items():
-                if count is not None:
-                    values = (rule.weights[rows, None] @ x[:, :count]).squeeze(1)
-                    yes = (values >= rule.threshold[rows, None]).float()
-                    hits[count][rows] = hits[count][rows].index_add(1, labels, yes)
-        if None in self.rules:
-            rule = self.rules[None]
-            yes = (rule.weights @ self.standardised(z) >= rule.threshold[:, None]).float()
-            hits[None].index_add_(1, labels, yes)
-        return hits
+def ridge(x, products):
+    """Weights (K, H) of standardised units x (K, N) for H targets, products = x @ targets (K, H);
+    the penalty is 0.001 N."""
+    K, N = x.shape
+    return torch.linalg.solve(x @ x.T + 0.001 * N * torch.eye(K, device=x.device), products)
 
 
 @torch.inference_mode()
-def hypernym_probes(encode, train, train_labels, val, val_labels, trees, counts=UNITS):
-    """{name of the tree: {K: hits (H, C) on validation images}}; train, val: ActivationBuffers."""
-    rows = min(TOKENS, train.rows)
-    classes = len(next(iter(trees.values())).classes)
-    z = unit_values(encode, train.batches(2048), rows)
-    labels = as_labels(train_labels, train.rows)[:rows].to(z.device)
-    about = unit_statistics(z, labels, classes)
-    probes = {}
-    for name, tree in trees.items():
-        probes[name] = HypernymProbe(z, labels, about, tree, counts)
-    del z  # before the next takes its room
-    z = unit_values(encode, val.batches(2048), val.rows)
-    labels = as_labels(val_labels, val.rows).to(z.device)
-    hits = {}
-    for name, probe in probes.items():
-        hits[name] = {count: hit.cpu() for count, hit in probe.hits(z, labels).items()}
-    return hits
+def hypernym_probes(units, leaves, counts=UNITS):
+    """{K: hits (H, C)} for hypernyms with leaves (H, C). K None takes all units at once.
+
+    Units are ranked by |mean under the hypernym|. On the first K ridge regression to the indicator
+    of the hypernym's images; then the threshold of the largest IoU on the same tokens.
+    """
+    leaves = leaves.to(units.z.device)
+    products = leaves @ units.sums.T  # (H, m) of the units and the indicators of the hypernyms
+    hits = {count: [] for count in counts}
+    if None in counts:
+        x = units.z.float()
+        x_val = units.z_val.float()
+        weights = ridge(x, products.T).T  # (H, m)
+        for values, val_values, classes in zip(weights @ x, weights @ x_val, leaves):
+            hits[None].append(units.hits(values, val_values, classes))
+    for product, classes in zip(products, leaves):
+        best = product.abs().topk(min(max(UNITS), len(product))).indices
+        x = units.z[best].float()
+        x_val = units.z_val[best].float()
+        for count in filter(None, counts):
+            weights = ridge(x[:count], product[best[:count], None]).squeeze(1)
+            hits[count].append(units.hits(weights @ x[:count], weights @ x_val[:count], classes))
+    return {count: torch.stack(rows) for count, rows in hits.items()}
 
 
-def iou_of(hits, images, leaves, weights=None):
-    """IoU by hypernym: hits (H, C), images (C,), leaves (H, C) -> (H,). With weights (C, D) of the
-    classes, as a bootstrap draws them, (H, D); NaN where no class of the hypernym was drawn."""
-    drawn = hits.new_ones(hits.shape[1], 1) if weights is None else weights
+def iou_of(hits, images, leaves, drawn):
+    """IoU by hypernym: hits (H, C), images (C,), leaves (H, C), and how often each class is drawn
+    in each draw of a bootstrap (C, D) -> (H, D); NaN where no class of the hypernym is drawn."""
     both = (hits * leaves) @ drawn
     under = (images * leaves) @ drawn
     either = hits @ drawn + under - both
-    iou = torch.where(under > 0, both / either.clamp(min=1), torch.nan)
-    return iou.squeeze(1) if weights is None else iou
+    return torch.where(under > 0, both / either.clamp(min=1), torch.nan)
 
 
-def large_hypernyms(tree):
-    """(H,) bool: of at least five classes; where none is, all."""
-    large = tree.leaves[hypernyms_to_find(tree)].sum(1) >= LARGE
-    return large if large.any() else ~large
+def class_draws(classes):
+    """(C, 1 + 1,000) how often each class is drawn in a bootstrap over classes: the same in every
+    layer and dictionary, so that these can be compared draw by draw. First comes no draw: once."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(classes, np.full(classes, 1 / classes), 1000)
+    return torch.from_numpy(np.vstack([np.ones(classes), counts]).T).float()
 
 
-def class_draws(classes, draws=1000, seed=0):
-    """(C, draws) how often each class is drawn in a bootstrap over classes: the same in every layer
-    and dictionary, so that these can be compared draw by draw."""
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(classes, np.full(classes, 1 / classes), draws).T
-    return torch.from_numpy(counts).float()
-
-
-def probe_rows(dictionary, train, val, labels, tree, permuted):
-    """Rows of probes.csv of one dictionary, and (draws,) its mean IoU with one unit in a bootstrap
-    over classes, thresholds fixed. All neurons at once are the token: the most that is there."""
-    neurons = dictionary.name == "neurons"
-    trees = {"wordnet": tree, "permuted": permuted}
+def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
+    """Rows of probes.csv of one dictionary, and (1 + draws,) its mean IoU with one unit by
+    `class_draws`, thresholds fixed. All neurons at once are the token: the most that is there."""
+    C = len(tree.classes)
+    counts = (*UNITS, None) if dictionary == "neurons" else UNITS
+    units = Units(encode, train, val, labels, C)
+    images = torch.bincount(units.val_labels.cpu(), minlength=C)
+    large = tree.leaves[hypernyms_to_find(tree)].sum(1) >= LARGE  # (H,)
+    if not large.any():
+        large = ~large
+    draws = class_draws(C)
     rows = []
-    hits = hypernym_probes(dictionary.probed, train, labels["train"], val, labels["val"], trees,
-                           (*UNITS, None) if neurons else UNITS)
-    images = torch.bincount(as_labels(labels["val"], val.rows), minlength=len(tree.classes))
-    large = large_hypernyms(tree)
-    for name, of_tree in hits.items():
-        leaves = leaves_of(trees[name], hypernyms_to_find(trees[name]))
-        for count, hit in of_tree.items():
-            iou = iou_of(hit, images, leaves).numpy()
+    for name, one in (("wordnet", tree), ("permuted", permuted)):
+        leaves = leaves_of(one, hypernyms_to_find(one))
+        for count, hits in hypernym_probes(units, leaves, counts).items():
+            drawn = iou_of(hits, images, leaves, draws)  # (H, 1 + D)
+            if (name, count) == ("wordnet", 1):
+                one_unit = drawn[large].nanmean(0)
+            iou = drawn[:, 0].numpy()
+            defined = np.isfinite(iou)
             rows.append({
-                "dictionary": dictionary.name if count else "token",
+                "dictionary": dictionary if count else "token",
                 "units": count or train.width, "tree": name,
-                "iou": mean_of(iou[large & np.isfinite(iou)]),
-                "iou_small": mean_of(iou[~large & np.isfinite(iou)]),
-                "above_half": int((iou > 0.5).sum()), "best": float(np.nanmax(iou))})
-    leaves = leaves_of(tree, hypernyms_to_find(tree))
-    drawn = iou_of(hits["wordnet"][1], images, leaves, class_draws(len(tree.classes)))
-    return rows, drawn[large].nanmean(0)
+                "iou": mean_of(iou[large & defined]),
+                "iou_small": mean_of(iou[~large & defined]),
+                "above_half": (iou > 0.5).sum(), "best": np.nanmax(iou)})
+    return rows, one_unit

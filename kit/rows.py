@@ -1,95 +1,80 @@
 """Rows of tables: hierarchy.csv, latents.csv, hypernyms.csv."""
 import numpy as np
-import torch
-
-from metrics import (hypernyms_to_find, leaves_of, matches_on_A,
-                     matches_on_B)
 
 
-def hierarchy_rows(about, scores, controls):
-    """Rows of hierarchy.csv and permuted_sd.csv of a dictionary, and every permuted tree's scores
-    by column."""
-    summaries = [control.summary() for control in controls]
-    draws = {}
-    mean = {}
-    spread = {}
-    for column in summaries[0]:
-        values = np.array([summary[column] for summary in summaries], float)
-        draws[column] = values.tolist()
-        mean[column], spread[column] = float(values.mean()), float(values.std())
-    return {"hierarchy": [{**about, "tree": "wordnet", **scores.summary()},
-                          {**about, "tree": "permuted", **mean}],
-            "permuted_sd": [{**about, **spread}], "permuted_draws": draws}
+def values_of(rows, column, **where):
+    """A column of the rows that agree with `where`, as numbers, NaN for None; with the layer and
+    all other keys given one for each seed."""
+    chosen = [row[column] for row in rows if where.items() <= row.items()]
+    return np.array(chosen, float)
 
 
-def best_latents(scores, profile, responses, tree):
-    """wnid of each hypernym that some latent shows -> the latent chosen for it on half A."""
-    lch = dict(zip(scores.latents.tolist(), scores.lch))
-    best = {}
-    for h in np.flatnonzero(scores.hypernym_latent >= 0):
-        latent = int(scores.hypernym_latent[h])
-        fires = int(profile.fires[latent])
-        best[tree.wnids[scores.hypernyms[h]]] = {
-            "latent": latent, "match": float(scores.hypernym_match[h]),
-            "matched": bool(scores.hypernym_matched[h]), "lch": tree.names[lch[latent]],
-            "k": responses.top.shape[1],
-            "top_images": profile.top_images[latent, :fires].tolist(),
-            "responds": responses.responds[latent].nonzero().flatten().tolist()}
-    return best
-
-
-def matched_sets(layers, tree):
-    """`best_latents` of L layers -> (L, H) bool, which hypernyms are matched."""
-    nodes = hypernyms_to_find(tree)
-    sets = np.zeros((len(layers), len(nodes)), bool)
-    for row, best in zip(sets, layers):
-        for h, v in enumerate(nodes):
-            row[h] = best.get(tree.wnids[v], {}).get("matched", False)
-    return sets
-
-
-@torch.inference_mode()
-def latent_rows(layer, scores, profile, responses, tree):
-    """A row of latents.csv for every alive latent. It is named on half A by the hypernym that it
-    shows and matches best; the match is half B's."""
-    nodes = hypernyms_to_find(tree)
-    device = responses.top.device
-    if len(nodes) == 0:
-        return []
-    leaves = leaves_of(tree, nodes, device) * responses.halved  # (H, C)
-    match_A, named = (x[scores.latents] for x in matches_on_A(responses, leaves).max(1))
-    match_B = matches_on_B(responses, torch.from_numpy(scores.latents), leaves[named]).tolist()
-    rate = profile.rate
-    names = np.array(tree.names)[tree.classes]
+def hierarchy_rows(dictionary, scores, controls):
+    """Rows of hierarchy.csv: WordNet's tree, then mean and standard deviation over permuted trees.
+    And the scores of all permuted trees by column."""
+    own = scores.summary()
+    draws = np.array([list(control.summary().values()) for control in controls], float)
     rows = []
-    for i, latent in enumerate(scores.latents.tolist()):
-        by_rate = rate[latent].argsort(descending=True, stable=True).cpu().numpy()
-        classes = names[by_rate[: int(responses.responds[latent].sum())]]
-        is_named = bool(match_A[i] > 0)
-        rows.append({
-            "layer": layer, "latent": latent, "fires": int(profile.fires[latent]),
-            "lch": tree.names[scores.lch[i]],
-            "lch_height_between": float(scores.height_between[i]),
-            "hypernym": tree.names[nodes[named[i]]] if is_named else None,
-            "match": match_B[i] if is_named else None, "classes": " ".join(classes[:10])})
+    for tree, values in (("wordnet", own.values()), ("permuted", draws.mean(0)),
+                         ("permuted_sd", draws.std(0))):
+        rows.append({"dictionary": dictionary, "tree": tree, **dict(zip(own, values))})
+    return rows, dict(zip(own, draws.T))
+
+
+def hypernym_rows(scores, profile, responses, tree):
+    """Of a layer: every hypernym that can be found, the most general first, and the latent that was
+    chosen for it on half A, if any shows it."""
+    sizes = tree.leaves.sum(1)
+    order = np.lexsort((scores.nodes, -sizes[scores.nodes], -tree.height[scores.nodes]))
+    rows = []
+    for h in order:
+        v = scores.nodes[h]
+        i = scores.best_latent[h]
+        row = {"wnid": tree.wnids[v], "name": tree.names[v], "classes": sizes[v],
+               "height": tree.height[v], "matched": scores.matched[h],
+               "best_latent": None, "match": 0.0, "lch": None}
+        if i >= 0:
+            latent = scores.latents[i]
+            top_images = profile.top_images[latent, : profile.fires[latent]]
+            row |= {"best_latent": latent, "match": scores.best_latent_match[h],
+                    "lch": tree.names[scores.lch[i]], "top_images": top_images,
+                    "responds_to": responses.responds[i].nonzero().flatten()}
+        rows.append(row)
     return rows
 
 
-def hypernym_rows(layers, tree):
-    """`best_latents` by layer -> a row of hypernyms.csv for every hypernym that can be found, the
-    most general first: the layer in which it emerges, and its best latent in any layer."""
+def matched_sets(layers):
+    """`hypernym_rows` of L layers -> (L, H) bool, which are matched."""
+    return np.array([[row["matched"] for row in rows] for rows in layers])
+
+
+def emergence_rows(layers):
+    """`hypernym_rows` by layer -> rows of hypernyms.csv: the layer in which a hypernym is first
+    matched, and its best latent in any layer."""
+    merged = []
+    for rows in zip(*layers.values()):
+        found = dict(zip(layers, rows))
+        matched = [layer for layer, row in found.items() if row["matched"]]
+        shown = [layer for layer, row in found.items() if row["best_latent"] is not None]
+        layer = max(matched or shown, key=lambda n: found[n]["match"], default=None)
+        merged.append({**found.get(layer, rows[0]), "best_layer": layer,
+                       "emergence_layer": min(matched, default=None)})
+    return merged
+
+
+def latent_rows(scores, profile, responses, tree):
+    """A row of latents.csv for every alive latent. It is named on half A by the hypernym that it
+    shows and matches best; the match is half B's."""
+    names = np.array(tree.names)
+    hypernyms = [*names[scores.nodes], None]  # last for none
+    rate = profile.rate
     rows = []
-    sizes = tree.leaves.sum(1)
-    nodes = hypernyms_to_find(tree).tolist()
-    for v in sorted(nodes, key=lambda v: (-tree.height[v], -sizes[v], tree.wnids[v])):
-        wnid = tree.wnids[v]
-        shown = {layer: best[wnid] for layer, best in layers.items() if wnid in best}
-        matched = [layer for layer, best in shown.items() if best["matched"]]
-        layer = max(matched or shown, key=lambda n: shown[n]["match"], default=None)
-        best = shown.get(layer, {})
+    for i, latent in enumerate(scores.latents.tolist()):
+        by_rate = rate[latent].argsort(descending=True, stable=True).cpu().numpy()
+        classes = by_rate[: int(responses.responds[i].sum())][:10]
         rows.append({
-            "wnid": wnid, "name": tree.names[v], "classes": int(sizes[v]),
-            "height": int(tree.height[v]), "emergence_layer": min(matched, default=None),
-            "best_layer": layer, "best_latent": best.get("latent"),
-            "match": best.get("match", 0.0), "lch": best.get("lch")})
+            "latent": latent, "fires": profile.fires[latent], "lch": names[scores.lch[i]],
+            "lch_height_between": scores.lch_height_between[i],
+            "hypernym": hypernyms[scores.best_node[i]], "match": scores.best_node_match[i],
+            "classes": " ".join(names[tree.classes[classes]])})
     return rows

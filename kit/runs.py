@@ -1,13 +1,10 @@
 """A run among others: its folders, its processes, and what goes wrong in one sentence."""
 import ast
-import ctypes
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
-import socket
 import sys
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -33,37 +30,21 @@ class InputError(ValueError):
 
 def code_of(path, *names):
     """A Python file as its code alone, without comments and docstrings. With names, only these
-    definitions, and all others of the file that they mention."""
+    definitions, and all that is no definition: imports and constants."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    by_name = {}
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
             node.body = [part for part in node.body if not is_text(part)]
-    if not names:
-        return ast.dump(tree)
-    for node in tree.body:
-        mentioned = [getattr(node, "name", "")]
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            mentioned = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            mentioned = [alias.asname or alias.name for alias in node.names]
-        for name in mentioned:
-            by_name.setdefault(name, []).append(node)
-    wanted = {}
-    pending = list(names)
-    while pending:
-        name = pending.pop()
-        if name in by_name and name not in wanted:
-            wanted[name] = list(map(ast.dump, by_name[name]))
-            for node in by_name[name]:
-                pending += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-    return str(sorted(wanted.items()))
+    wanted = []
+    for node in tree.body:  # what is no definition has no name
+        if not names or getattr(node, "name", names[0]) in names:
+            wanted.append(ast.dump(node))
+    return "\n".join(wanted)
 
 
 def is_text(node):
-    """Whether a statement is a string alone, as docstrings are."""
-    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return text and isinstance(node.value.value, str)
+    """Whether a statement is a constant alone, as docstrings are."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def short_hash(*parts):
@@ -71,15 +52,9 @@ def short_hash(*parts):
 
 
 def to_json(content):
-    """NaN and infinity become null."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return list(map(plain, value))
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(content), indent=1)
+    """Arrays and tensors become lists, NaN and infinity null."""
+    text = json.dumps(content, default=lambda array: array.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)
 
 
 @contextmanager
@@ -90,10 +65,6 @@ def write_aside(path):
     shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     yield part
-    for written in [part, *part.rglob("*")]:
-        if written.is_file():
-            with open(written, "rb+") as file:  # on disk for good before it is named
-                os.fsync(file.fileno())
     if path.is_dir():
         shutil.rmtree(path)
     part.replace(path)
@@ -103,30 +74,16 @@ def write_aside(path):
 def lock(out):
     """One run at a time in an output folder. The lock ends with the process, however that ends."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a+") as file:
-        if RANK == 0:
-            try:
-                if fcntl is not None:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    file.seek(0)
-                    raise InputError(f"{out} is in use by {file.read()}: wait for it to end, or "
-                                     "give another --out") from error
-                print(f"      no lock in {out} ({error.strerror}): start no second run there")
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+    with open(out / "lock", "w") as file:
+        try:
+            if RANK == 0 and fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise InputError(f"another run is at work in {out}: wait for it to end, or give "
+                                 "another --out") from error
+            print(f"      no lock in {out} ({error.strerror}): start no second run there")
         yield
-
-
-def size(count):
-    """1234567 -> "1.23 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def check_disk(folder, needed, what):
@@ -135,10 +92,10 @@ def check_disk(folder, needed, what):
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    print(f"      {what}: {size(needed)} to write to {folder}, {size(free)} free")
+    about = f"{needed / 1e9:.2f} GB to write to {folder}, {free / 1e9:.2f} GB free"
+    print(f"      {what}: {about}")
     if needed > free:
-        raise InputError(f"not enough disk: {size(needed)} are to go to {folder}, where "
-                         f"{size(free)} are free; make room there, or give another --out or "
+        raise InputError(f"not enough disk: {about}; make room there, or give another --out or "
                          "fewer --layers")
 
 
@@ -168,24 +125,6 @@ def start_ranks(device):
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
 
 
-def keep_freed_memory(keep):
-    """Have glibc keep what a training step frees for the next one: from the system it comes page
-    by page, which on a CPU is up to 40% of a step. Without keep as usual: scores need less room."""
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-    values = (0, 2**31 - 1, 1 << 28) if keep else (65536, 1 << 17, 1 << 17)
-    with suppress(OSError, AttributeError):  # another system
-        for name, value in zip((M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD), values):
-            ctypes.CDLL("libc.so.6").mallopt(name, value)
-
-
-def shared_memory():
-    """Bytes free for what worker processes send: 64 MB in a container by default."""
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:  # another system, with other means
-        return math.inf
-
-
 # ---------------------------------------------------------------- errors
 
 
@@ -199,15 +138,13 @@ def sentence_of(error):
     if "no kernel image" in text:
         return ("this PyTorch has no kernels for this GPU: install a build that has, see "
                 "pytorch.org/get-started, or give --device cpu")
+    if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "requests"):
+        return f"Hugging Face: {text} (`hf auth login` sets a token)"
     if "DataLoader worker" in text or "DataLoader timed out" in text:
         return f"the processes that read images failed ({text}): give --workers 0"
-    if isinstance(error, OSError) and error.errno is not None:
-        path = f"{error.filename}: " if error.filename else ""
-        ways = {errno.ENOSPC: "the disk is full: make room", errno.EDQUOT: "the quota is used up: "
-                "make room", errno.EROFS: "read-only: give a folder to write to as --out",
-                errno.EACCES: "not allowed: mend that, or give another folder as --out"}
-        return (f"{path}{ways.get(error.errno, error.strerror)}; the same command goes on from "
-                "here")
+    if (isinstance(error, OSError) and error.errno is not None) or "No space left" in text:
+        return (f"{text}: mend that, make room, or give another folder as --out; the same command "
+                "goes on from here")
     return None
 
 

@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
-from metrics import linear_probe
-from sae import ActivationBuffer, Training, train_sae
+from kit.runs import to_json
+from sae import Training, train_sae
 from taxonomy import Taxonomy, imagenet1k
 
 WIDTH = 48
@@ -35,7 +35,7 @@ SIGNALS = {  # first and last layer's, over noise of deviation 1 in every coordi
 }
 
 
-def class_codes(world: str, tree: Taxonomy, rng) -> np.ndarray:
+def class_codes(world, tree, rng):
     """(C, WIDTH), of variance 1: random, or the sums of the random codes of all nodes above."""
     if world == "flat":
         codes = rng.normal(size=(len(tree.classes), WIDTH))
@@ -46,7 +46,7 @@ def class_codes(world: str, tree: Taxonomy, rng) -> np.ndarray:
     return (codes - codes.mean(0)) / codes.std()
 
 
-def make_world(folder: Path, world: str, tree: Taxonomy, layers: int, seed: int) -> dict:
+def make_world(folder, world, tree, layers, seed):
     """Token files of every layer and split in `folder`; returns the labels by split."""
     rng = np.random.default_rng(seed)
     codes, labels = class_codes(world, tree, rng), {}
@@ -68,44 +68,25 @@ def claims_of_world(world, seed, layers=6, seeds=3, epochs=25, classes=100):
     ]
     controls, scores = reproduce.permuted_trees(tree), {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        labels = make_world(folder, world, tree, layers, seed)
-        for layer in range(layers):
-            train, val = (ActivationBuffer(folder / f"{split}_{layer}.npy") for split in IMAGES)
-            statistics = train.statistics()
-            probe = linear_probe(
-                train.tokens,
-                labels["train"],
-                len(tree.classes),
-                statistics.mean,
-                statistics.variance,
-                least_steps=300,
-            )
+        labels = make_world(Path(name), world, tree, layers, seed)
+        for n in range(layers):
+            paths = [Path(name, f"{split}_{n}.npy") for split in IMAGES]
+            layer = reproduce.open_layer(*paths, labels, len(tree.classes), "cpu")
             for training in trainings:
-                sae = train_sae(train, training, statistics, {"seed": training.seed})
-                scores[layer, training.seed] = reproduce.score_layer(
-                    layer,
-                    training.seed,
-                    sae,
-                    train,
-                    val,
-                    labels,
-                    statistics,
-                    tree,
-                    controls,
-                    probe,
-                    k=16,
-                    response_rate=0.5,
+                sae = train_sae(layer[0], training, layer[2], {"seed": training.seed}, title=None)
+                about = {"layer": n, "seed": training.seed}
+                scores[n, training.seed] = reproduce.score_layer(
+                    about, sae, layer, labels, tree, controls, k=16, response_rate=0.5
                 )
-        return reproduce.tables_of(scores, tree)["claims"]
+        return json.loads(to_json(reproduce.tables_of(scores)["claims"]))
 
 
-def main(world: str, count: str, first: str = "0") -> None:
+def main(world, count, first="0"):
     torch.set_num_threads(1)
+    reproduce.PROBE_STEPS = 300
     for seed in range(int(first), int(first) + int(count)):
         for row in claims_of_world(world, seed):
-            row = {"world": world, "seed": seed, **row}
-            print(json.dumps(row), flush=True)
+            print(json.dumps({"world": world, "seed": seed, **row}), flush=True)
 
 
 if __name__ == "__main__":

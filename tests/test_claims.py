@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import reproduce
 from controls import claims_of_world
 from kit.claims import (
     consistency_claim,
@@ -43,9 +44,9 @@ def test_curveball_keeps_both_margins_and_is_uniform():
         other = np.array(cells).reshape(3, 4)
         if (other.sum(1) == rows).all() and (other.sum(0) == columns).all():
             every.append(other.tobytes())
-    counts = Counter(drawn.tobytes() for drawn in curveball(matrix, 3000))
+    counts = Counter(drawn.tobytes() for drawn in curveball(matrix, 2000))
     assert set(counts) == set(every) and len(every) > 10
-    expected = 3000 / len(every)
+    expected = 2000 / len(every)
     chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
     assert chi_square < len(every) + 4 * np.sqrt(2 * len(every))
 
@@ -55,13 +56,13 @@ def test_independent_layers_are_not_said_to_agree_when_near():
     rng = np.random.default_rng(0)
     sizes = np.array([0.05, 0.1, 0.2, 0.3, 0.45])[:, None]
     verdicts = []
-    for _ in range(20):
+    for _ in range(10):
         sets = rng.random((5, 80)) < sizes
-        verdicts.append(consistency_claim([sets], draws=99)["verdict"])
-    assert verdicts.count("holds") <= 4  # 99% binomial limit of a 5% coin
+        verdicts.append(consistency_claim([sets], draws=59)["verdict"])
+    assert verdicts.count("holds") <= 3  # 99% binomial limit of a 5% coin
     drifting = rng.random(80)[None] + np.linspace(0, 1, 6)[:, None] < 1
-    drifting ^= rng.random((6, 80)) < 0.1
-    assert consistency_claim([drifting], draws=99)["verdict"] == "holds"
+    drifting ^= rng.random((6, 80)) < 0.03
+    assert consistency_claim([drifting], draws=59)["verdict"] == "holds"
     assert consistency_claim([np.zeros((6, 80), bool)])["verdict"] == "too few layers"
 
 
@@ -75,36 +76,37 @@ def test_nearness_by_hand():
 
 def test_rank_correlation_closed_forms():
     # without ties 1 - 6 Σd² / (n (n² - 1)); here d = (0, 1, -1, 0)
-    assert rank_correlation(range(4), [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / 60)
-    ties = np.corrcoef([0, 1, 2, 3], [0.5, 0.5, 2, 3])[0, 1]
-    assert rank_correlation(range(4), [1, 1, 2, 4]) == pytest.approx(ties)
-    assert np.isnan(rank_correlation([1, 2], [3, 3])) and np.isnan(rank_correlation([], []))
+    x = np.arange(4)
+    assert rank_correlation(x, np.array([1, 3, 2, 4])) == pytest.approx(1 - 6 * 2 / 60)
+    ties = np.corrcoef(x, [0.5, 0.5, 2, 3])[0, 1]
+    assert rank_correlation(x, np.array([1, 1, 2, 4])) == pytest.approx(ties)
+    assert np.isnan(rank_correlation(x, x * 0)) and np.isnan(rank_correlation(x[:0], x[:0]))
 
 
-@pytest.fixture(scope="module")
-def verdicts():
-    """Worlds of four layers and three seeds, of fewer tokens than in the calibration."""
-    return {
-        world: {
-            row["claim"]: row for row in claims_of_world(world, 1, layers=4, epochs=12, classes=50)
-        }
-        for world in ("flat", "hierarchical")
-    }
+@pytest.fixture
+def few_trees(monkeypatch):
+    """As few as a p of 0.05 allows."""
+    monkeypatch.setattr(reproduce, "PERMUTED", {"sae": 19, "neurons": 2, "untrained": 2})
+    monkeypatch.setattr(reproduce, "PROBE_STEPS", 300)
+    monkeypatch.setattr("kit.readings.TOP", (16,))
 
 
-def test_a_world_without_a_hierarchy_earns_no_verdict_on_it(verdicts):
-    rows = verdicts["flat"]
-    assert not [
-        claim for claim, row in rows.items() if row["about_hierarchy"] and row["verdict"] == "holds"
-    ]
+def claims(world):
+    """Of a world of four layers and three seeds, with fewer tokens than in the calibration."""
+    rows = claims_of_world(world, 1, layers=4, epochs=12, classes=50)
+    return {row["claim"]: row for row in rows}
+
+
+def test_a_world_without_a_hierarchy_earns_no_verdict_on_it(few_trees):
+    rows = claims("flat")
+    for row in rows.values():
+        assert not (row["about_hierarchy"] and row["verdict"] == "holds")
     assert rows["category information grows with depth"]["verdict"] == "holds"
 
 
-def test_a_world_with_a_hierarchy_does(verdicts):
-    rows = verdicts["hierarchical"]
-    assert rows["the hierarchy is there"]["verdict"] == "holds"
-    assert (
-        rows["the hierarchy is there"]["value"] < rows["the hierarchy is there"]["permuted"] - 0.3
-    )
+def test_a_world_with_a_hierarchy_does(few_trees):
+    rows = claims("hierarchical")
+    main = rows["the hierarchy is there"]
+    assert main["verdict"] == "holds" and main["value"] < main["permuted"] - 0.3
     assert rows["it grows with depth"]["verdict"] == "holds"
     assert rows["general hypernyms emerge earlier"]["verdict"] == "no test"

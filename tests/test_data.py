@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from conftest import WNIDS, write_images
-from dinov2_hooks import ImageError, eval_transform
-from kit import data as kit_data
+from dinov2_hooks import eval_transform
 from kit.data import Decoded, find_images, fingerprint, read_image, workers_for
 from kit.runs import InputError
 
@@ -62,7 +62,7 @@ def test_copies_in_hidden_and_system_folders_are_left_aside_and_said(data, capsy
     shutil.copytree(data / "val" / WNIDS[0], data / "train/Annotations")
     check_layout(data)
     said = capsys.readouterr().out
-    assert "left aside in" in said and "Annotations" in said and " more" in said
+    assert "left aside in" in said and "17 folders, Annotations" in said
 
 
 def test_other_names_of_val_and_classes_of_val_alone(data, capsys):
@@ -204,23 +204,19 @@ EVERY_LINE = "".join(f"{w}_{i:02d}.png\t{w}\n" for w in WNIDS for i in range(5))
             "holds ILSVRC2012_img_train.tar. torchvision.datasets.ImageNet sorts",
         ),
         (lambda data: remove(data, "val", "train/*/0[1-9].png", "train/*/1*.png"), "has one image"),
-        (
-            lambda data: annotate(data, EVERY_LINE + f"{WNIDS[0]}_00.png\t{WNIDS[1]}\n".encode()),
-            "two classes",
-        ),
         (lambda data: annotate(data, EVERY_LINE.partition(b"\n")[2]), "has no label in"),
         (
             lambda data: annotate(data, EVERY_LINE.replace(b"n02085620\n", b"n02085782\n")),
             "is in .*train but not in",
         ),
-        (lambda data: annotate(data, b"no tabs here\n"), "val_annotations.txt is no list"),
-        (lambda data: annotate(data, b"\xff\xfe\x00"), "val_annotations.txt is no list"),
+        (lambda data: annotate(data, b"no tabs here\n"), "has no label in .*val_annotations.txt"),
+        (lambda data: annotate(data, b"\xff\xfe\x00"), "has no label in .*val_annotations.txt"),
         (
             lambda data: (
                 annotate(data, b""),
                 (data / "val/LOC_val_solution.csv").write_text("a,b\n1,2\n"),
             ),
-            "csv is no list",
+            "has no label in .*csv",
         ),
     ],
 )
@@ -235,10 +231,9 @@ def test_bad_folders(data, change, words):
     [
         (lambda path: os.symlink(path.name, path), "odd.png"),
         (lambda path: os.symlink("gone", path), "odd.png"),
-        (os.mkfifo, "odd.png is no file"),
     ],
 )
-def test_links_to_nowhere_and_pipes_among_the_images(data, make, words):
+def test_links_to_nowhere_among_the_images(data, make, words):
     make(data / "train" / WNIDS[0] / "odd.png")
     with pytest.raises((InputError, OSError), match=words):
         fingerprint(*find_images(str(data))[:2])
@@ -330,16 +325,11 @@ def encoded(image, kind):
         ("no_pixels.png", png_claiming(0, 0), "is no readable image"),
         ("thread.png", encoded(image_of((1, 3000)), "PNG"), "1 x 3000 pixels"),
         ("empty.png", b"", "is no readable image"),
-        ("zeros.jpg", b"\0" * 5000, "is no readable image"),
         ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no readable image"),
-        ("archive.png", b"PK\x03\x04" + b"\0" * 100, "is no readable image"),
         ("half.png", encoded(image_of((200, 200)), "PNG")[:300], "is no readable image"),
-        ("half.webp", encoded(image_of((200, 200)), "WEBP")[:300], "is no readable image"),
         ("half.tif", encoded(image_of((200, 200)), "TIFF")[:300], "is no readable image"),
         ("one.png", encoded(image_of((1, 1)), "PNG"), ""),
-        ("thin.png", encoded(image_of((1, 90)), "PNG"), ""),
         ("jpeg_inside.png", encoded(image_of(), "JPEG"), ""),
-        ("with spaces  .png", encoded(image_of(), "PNG"), ""),
         ("quotes'\"`$(touch x);.png", encoded(image_of(), "PNG"), ""),
         ("two\nlines.png", encoded(image_of(), "PNG"), ""),
         (os.fsdecode(b"not utf-8 \xff.png"), encoded(image_of(), "PNG"), ""),
@@ -350,18 +340,9 @@ def test_images_and_what_is_none(data, name, content, words):
     train = find_images(str(data))[0]
     fingerprint(train)
     i = train.names.index(f"{WNIDS[1]}/{name}")
-    item = Decoded(train, eval_transform())[i]
-    if words:
-        assert isinstance(item, ImageError) and words in str(item) and name in str(item)
-    else:
-        assert item.shape == (3, 224, 224)
-
-
-def test_an_image_that_the_system_does_not_give(data):
-    train = find_images(str(data))[0]
-    (train.root / train.names[0]).unlink()
-    item = Decoded(train, eval_transform())[0]
-    assert isinstance(item, FileNotFoundError) and not isinstance(item, ImageError)
+    image, reason = Decoded(train, eval_transform())[i]
+    assert image.shape == (3, 224, 224) and words in reason
+    assert (name in reason) == bool(words)
 
 
 def test_one_image_under_two_names_is_one_image(data):
@@ -371,7 +352,7 @@ def test_one_image_under_two_names_is_one_image(data):
     train = find_images(str(data))[0]
     images = Decoded(train, eval_transform())
     a, b = (train.names.index(f"{WNIDS[0]}/{name}") for name in ("00.png", "Ünïcode 図.PNG"))
-    assert (images[a] == images[b]).all()
+    assert torch.equal(images[a][0], images[b][0])
 
 
 @pytest.mark.parametrize(
@@ -387,6 +368,7 @@ def test_one_image_under_two_names_is_one_image(data):
 )
 def test_workers_by_cpus_and_shared_memory(cpus, processes, room, workers, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cpus)), raising=False)
-    monkeypatch.setattr(kit_data, "shared_memory", lambda: room)
+    usage = shutil._ntuple_diskusage(room, 0, room)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert workers_for(224**2) == workers

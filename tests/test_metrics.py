@@ -8,10 +8,9 @@ import torch
 
 import metrics
 from kit.readings import readings
-from kit.rows import best_latents, hypernym_rows, latent_rows, matched_sets
+from kit.rows import emergence_rows, hypernym_rows, latent_rows, matched_sets
 from metrics import (
     Profile,
-    Relations,
     dictionaries_of,
     kappa,
     linear_probe,
@@ -27,6 +26,11 @@ from taxonomy import Synset, Taxonomy, imagenet1k
 
 def score_hierarchy(profile, tree, k=16, response_rate=0.5):
     return metrics.score_hierarchy(responses_of(profile, k, response_rate), tree)
+
+
+def chosen(scores):
+    """(H,) the latent of each hypernym; -1 for none."""
+    return np.append(scores.latents, -1)[scores.best_latent]
 
 
 def profile_of(z, labels, classes):
@@ -57,11 +61,12 @@ def test_reconstruction_against_numpy_on_all_tokens_at_once():
     assert result.fvu == pytest.approx(error.sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-6)
     assert result.l0 == pytest.approx((z > 0).sum(1).mean())
     assert result.dead == pytest.approx((z == 0).all(0).mean())
-    guesses = x_hat[:, :4].argmax(1)
-    assert result.probe_on_reconstruction == pytest.approx((guesses == labels).mean())
-    for c in range(4):
-        expected = error[labels == c].sum(), (x[labels == c] ** 2).sum(), (z[labels == c] > 0).sum()
-        assert sums[c].tolist() == pytest.approx(expected, rel=1e-6)
+    for array, accuracy in ((x, result.probe_top1), (x_hat, result.probe_on_reconstruction)):
+        assert accuracy == pytest.approx((array[:, :4].argmax(1) == labels).mean())
+    of_images = {"images": 1, "error": error, "squares": (x**2).sum(1), "active": (z > 0).sum(1)}
+    for name, values in of_images.items():
+        expected = np.bincount(labels, np.broadcast_to(values, 500))
+        assert sums[name].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_profile_against_brute_force():
@@ -120,10 +125,8 @@ def test_baselines_have_the_rates_of_the_sae_dealt_at_random(expansion):
     sae = SparseAutoencoder(12, 12 * expansion)
     sae.b_enc.data = torch.linspace(-30, -5, 12 * expansion)  # some never fire
     sae.requires_grad_(False)
-    of_sae, of_neurons, of_untrained = (
-        (dictionary.encode(tokens) > 0).sum(0)
-        for dictionary in dictionaries_of(sae, tokens, mean, seed=3)
-    )
+    encoders = [encode for _, encode, _ in dictionaries_of(sae, tokens, mean, seed=3)]
+    of_sae, of_neurons, of_untrained = ((encode(tokens) > 0).sum(0) for encode in encoders)
     assert (of_sae == 0).any() and (of_sae > 0).any()
     assert (of_untrained.sort().values - of_sae.sort().values).abs().max() <= 1
     assert not torch.equal(of_untrained, of_sae)
@@ -132,7 +135,7 @@ def test_baselines_have_the_rates_of_the_sae_dealt_at_random(expansion):
     }
     torch.manual_seed(3)
     began = SparseAutoencoder(12, 12 * expansion).W_enc
-    untrained = dictionaries_of(sae, tokens, mean, seed=3)[2].encode(mean + 1e6 * began)
+    untrained = encoders[2](mean + 1e6 * began)
     assert (untrained.diagonal()[of_untrained > 0] > 0).all()  # the directions it began with
 
 
@@ -222,24 +225,22 @@ def test_scores_by_hand(
     small_tree, top, rate, lch, height, pairwise, between, coverage, match, match_node
 ):
     scores = score_hierarchy(hand_made(small_tree, top, rate), small_tree, k=4)
-    assert small_tree.wnids[scores.lch[0]] == lch and scores.height[0] == height
-    assert scores.height_pairwise[0] == pytest.approx(pairwise)
-    assert scores.height_between[0] == pytest.approx(between, nan_ok=True)
+    assert small_tree.wnids[scores.lch[0]] == lch and scores.lch_height[0] == height
+    assert scores.lch_height_pairwise[0] == pytest.approx(pairwise)
+    assert scores.lch_height_between[0] == pytest.approx(between, nan_ok=True)
     assert scores.summary()["single_class"] == (top[0] == "t3")
     assert scores.coverage[0] == pytest.approx(coverage) and scores.match[0] == pytest.approx(match)
     inner = {"animal", "dog", "cat", "thing"}  # not the root: it has all 8
-    by_name = dict(zip((small_tree.wnids[v] for v in scores.hypernyms), scores.hypernym_match))
+    by_name = dict(zip((small_tree.wnids[v] for v in scores.nodes), scores.best_latent_match))
     assert set(by_name) == inner and by_name.get(match_node, match) == pytest.approx(match)
-    is_lch = {
-        small_tree.wnids[v] for v, found in zip(scores.hypernyms, scores.hypernym_lch) if found
-    }
+    is_lch = {small_tree.wnids[v] for v, found in zip(scores.nodes, scores.is_lch) if found}
     assert is_lch == inner & {lch}
 
 
 def test_matched_needs_responses_and_top_images_on_one_half_and_responses_on_the_other(small_tree):
     def matched(top, rate, rate_B=None):
         scores = score_hierarchy(hand_made(small_tree, top, rate, rate_B), small_tree, k=4)
-        return {small_tree.wnids[v] for v in scores.hypernyms[scores.hypernym_matched]}
+        return {small_tree.wnids[v] for v in scores.nodes[scores.matched]}
 
     assert matched(["d1"] * 4, {"d1": 1}) == set()  # d1 is half of dog: Jaccard 0.5
     three = {"d1": 1, "d2": 1, "c1": 1}
@@ -256,13 +257,8 @@ def test_a_class_with_one_image_is_in_neither_half(small_tree):
     c2 = [small_tree.wnids[v] for v in small_tree.classes].index("c2")
     profile.images[1, c2] = 0
     scores = score_hierarchy(profile, small_tree, k=4)
-    match = dict(zip((small_tree.wnids[v] for v in scores.hypernyms), scores.hypernym_match))
+    match = dict(zip((small_tree.wnids[v] for v in scores.nodes), scores.best_latent_match))
     assert match["animal"] == 1  # of the three classes that can be judged
-    profile.images[1, c2 - 1] = 0  # now cat cannot be judged, and what is under it counts nowhere
-    one = profile._replace(counts=profile.counts.clone())
-    scores = score_hierarchy(one, small_tree, k=4)
-    match = dict(zip((small_tree.wnids[v] for v in scores.hypernyms), scores.hypernym_match))
-    assert match["cat"] == 0 and match["dog"] == 1
 
 
 def test_a_latent_that_fires_on_fewer_than_k_images_is_not_alive(small_tree):
@@ -272,7 +268,7 @@ def test_a_latent_that_fires_on_fewer_than_k_images_is_not_alive(small_tree):
         assert scores.summary()["alive"] == alive
     summary = scores.summary()
     assert summary["hypernyms_lch"] == summary["hypernyms_matched"] == 0
-    assert np.isnan(summary["match"]) and (scores.hypernym_latent == -1).all()
+    assert np.isnan(summary["match"]) and (scores.best_latent == -1).all()
 
 
 def planted(tree, images_of_class=8, seed=0):
@@ -287,16 +283,10 @@ def test_planted_latents_recover_every_hypernym_of_imagenet():
     labels, z = planted(tree)
     profile = profile_of(z, labels, 1000)
     scores = score_hierarchy(profile, tree)
-    assert (scores.match == 1).all() and (scores.hypernym_match == 1).all()
+    assert (scores.match == 1).all() and (scores.best_latent_match == 1).all()
     half = tree.leaves[tree.hypernyms].sum(1) <= 500
-    assert scores.summary()["hypernyms_matched"] == len(scores.hypernyms) == half.sum()
-    assert (scores.hypernyms == tree.hypernyms[scores.hypernym_latent]).all()
-    rows = latent_rows(0, scores, profile, responses_of(profile), tree)
-    for row in rows[::29]:
-        if half[row["latent"]]:
-            assert (
-                row["hypernym"] == tree.names[tree.hypernyms[row["latent"]]] and row["match"] == 1
-            )
+    assert scores.summary()["hypernyms_matched"] == len(scores.nodes) == half.sum()
+    assert (scores.nodes == tree.hypernyms[chosen(scores)]).all()
     for latent in range(0, z.shape[1], 37):  # the LCH of top images is at or below the node
         assert not (tree.leaves[scores.lch[latent]] & ~tree.leaves[tree.hypernyms[latent]]).any()
     order = np.random.default_rng(0).permutation(1000)
@@ -334,7 +324,7 @@ def test_held_out_matches_against_sets_of_images(seed):
         return len(responds & under) / len(responds | under)
 
     for v, latent, match_B, matched in zip(
-        scores.hypernyms, scores.hypernym_latent, scores.hypernym_match, scores.hypernym_matched
+        scores.nodes, chosen(scores), scores.best_latent_match, scores.matched
     ):
         on_A = {}
         for i in scores.latents:
@@ -358,7 +348,7 @@ def test_matches_are_at_chance_when_half_B_is_shuffled():
     labels = np.repeat(np.arange(20), 4)
     z = (rng.random((80, 4000)) < 0.3) * rng.random((80, 4000))
     scores = score_hierarchy(profile_of(z, labels, 20), tree, k=8)
-    assert (scores.hypernym_latent >= 0).sum() > 5  # on A latents enough are found
+    assert (scores.best_latent >= 0).sum() > 5  # on A latents enough are found
     assert scores.summary()["hypernyms_matched"] <= 1
 
 
@@ -385,7 +375,7 @@ def test_permuted_trees_against_a_relabelled_graph():
     expected = score_hierarchy(profile, Taxonomy.from_graph(exchanged, wnids), k=8)
     permuted = score_hierarchy(profile, plain.permuted(order), k=8)
     assert permuted.summary() == pytest.approx(expected.summary())
-    assert permuted.height_between == pytest.approx(expected.height_between, nan_ok=True)
+    assert permuted.lch_height_between == pytest.approx(expected.lch_height_between, nan_ok=True)
     assert permuted.summary() != score_hierarchy(profile, plain, k=8).summary()
     same = score_hierarchy(profile, plain.permuted(np.arange(20)), k=8)
     assert same.summary() == score_hierarchy(profile, plain, k=8).summary()
@@ -394,7 +384,7 @@ def test_permuted_trees_against_a_relabelled_graph():
 def test_pairwise_heights_and_readings_against_loops():
     tree, _, _, profile = random_profile(1)
     scores = score_hierarchy(profile, tree)
-    (read,) = readings(profile, [tree], [scores])
+    read = readings(profile, tree, scores)
     assert len([claim for claim, _ in read if claim == "height"]) == 36
     for k in (4, 16):
         alive = np.flatnonzero(profile.fires >= k)
@@ -455,8 +445,8 @@ def test_relations_on_a_planted_chain_and_on_planted_absorption():
     z = torch.where(silent[:, None] & general, 0, z).float()
     row, scores, profile = relations(z)
     shares, expected = [], []
-    for u, latent_u in zip(scores.hypernyms, scores.hypernym_latent):
-        for v, latent_v in zip(scores.hypernyms, scores.hypernym_latent):
+    for u, latent_u in zip(scores.nodes, chosen(scores)):
+        for v, latent_v in zip(scores.nodes, chosen(scores)):
             if u == v or (tree.leaves[v] & ~tree.leaves[u]).any():
                 continue
             top = profile.top_images[latent_v, :16].numpy()
@@ -468,15 +458,6 @@ def test_relations_on_a_planted_chain_and_on_planted_absorption():
             shares.append(fires[top].mean()), expected.append(np.mean(rates))
     assert row.absorption == pytest.approx(1 - np.mean(shares)) and 0.02 < row.absorption < 0.3
     assert row.expected == pytest.approx(np.mean(expected), rel=1e-5)
-
-
-def test_no_relations_where_nothing_is_matched():
-    tree, labels, z, _ = random_profile(0)
-    profile = profile_of(z, np.random.default_rng(0).permutation(labels), 20)
-    scores = score_hierarchy(profile, tree, response_rate=0.99)
-    row = relate(lambda x: x, lambda rows: torch.from_numpy(z)[rows], profile, scores, tree)
-    assert row.related_pairs == row.unrelated_pairs == 0
-    assert np.isnan(row.related) and isinstance(row, Relations)
 
 
 def test_probe_on_separable_and_on_random_labels(tmp_path):
@@ -506,47 +487,27 @@ def test_probe_on_separable_and_on_random_labels(tmp_path):
     )  # luck: a majority's label
 
 
-@pytest.fixture
-def three_layers():
-    """A taxonomy, and best latents by layer: toy dog is matched from 4 on, carnivore in 2 and 6."""
-    tree = Taxonomy.from_wnids(
-        ["n02085620", "n02085782", "n02123045", "n02690373", "n02701002", "n01440764"]
-    )
-    dog, domestic = (
-        tree.wnids[tree.names.index(name)] for name in ("toy_dog.n.01", "carnivore.n.01")
-    )
+def test_emergence():
+    """A dog is matched from layer 4 on, a carnivore in 2 and 6, a fish in none."""
+    matches = {2: (0, 0.6, 0), 4: (0.7, 0.5, 0), 6: (0.9, 0.8, 0)}
     layers = {}
-    for layer, of_layer in {
-        2: {domestic: 0.6},
-        4: {dog: 0.7, domestic: 0.5},
-        6: {dog: 0.9, domestic: 0.8},
-    }.items():
-        layers[layer] = {
-            wnid: {
-                "match": match,
-                "matched": match > 0.5,
-                "latent": 10 * layer,
-                "lch": "toy_dog.n.01",
-            }
-            for wnid, match in of_layer.items()
-        }
-    return tree, layers
+    for layer, values in matches.items():
+        layers[layer] = [
+            {"name": name, "match": match, "matched": match > 0.5, "best_latent": latent}
+            for name, match in zip(("dog", "carnivore", "fish"), values)
+            for latent in [10 * layer if match else None]
+        ]
+    rows = emergence_rows(layers)
+    keys = "name", "emergence_layer", "best_layer", "best_latent", "match"
+    assert [[row[key] for key in keys] for row in rows] == [
+        ["dog", 4, 6, 60, 0.9],
+        ["carnivore", 2, 6, 60, 0.8],
+        ["fish", None, None, None, 0],
+    ]
+    assert matched_sets(layers.values()).sum(1).tolist() == [1, 1, 2]
 
 
-def test_emergence(three_layers):
-    tree, layers = three_layers
-    rows = {row["name"]: row for row in hypernym_rows(layers, tree)}
-    dog, domestic = rows["toy_dog.n.01"], rows["carnivore.n.01"]
-    keys = ("emergence_layer", "best_layer", "best_latent", "match", "classes")
-    assert [dog[key] for key in keys] == [4, 6, 60, 0.9, 2]
-    assert (domestic["emergence_layer"], domestic["match"]) == (2, 0.8)
-    never = [row for row in rows.values() if row["emergence_layer"] is None]
-    assert len(never) == len(rows) - 2
-    assert all(row["match"] == 0 and row["best_layer"] is None for row in never)
-    assert all(2 <= row["classes"] <= 3 for row in rows.values())  # at most half of six
-
-
-def test_kappa_by_brute_force(three_layers):
+def test_kappa_by_brute_force():
     rng = np.random.default_rng(0)
     sets = rng.random((5, 40)) < np.array([0.1, 0.3, 0.5, 0.9, 0])[:, None]
     result = kappa(sets)
@@ -555,38 +516,19 @@ def test_kappa_by_brute_force(three_layers):
         chance = np.mean([x == y for x in sets[a] for y in sets[b]])
         assert result[a, b] == pytest.approx((observed - chance) / (1 - chance))
     assert np.isnan(result[4]).all() and np.isnan(result[:, 4]).all()  # nothing is matched
-    assert matched_sets(list(three_layers[1].values()), three_layers[0]).sum(1).tolist() == [
-        1,
-        1,
-        2,
-    ]
 
 
-def test_rows_of_latents_and_best_latents(small_tree):
+def test_rows_of_latents_and_of_hypernyms(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "d1", "d1"], {"d1": 1, "d2": 0.6})
-    scores = score_hierarchy(profile, small_tree, k=4)
-    best = best_latents(scores, profile, responses_of(profile, 4), small_tree)
-    assert best["dog"] == {
-        "match": 1.0,
-        "matched": True,
-        "latent": 0,
-        "lch": "dog",
-        "k": 4,
-        "top_images": [0, 0, 0, 0],
-        "responds": [0, 1],
-    }
-    assert not best["animal"]["matched"] and "cat" not in best
-    (row,) = latent_rows(7, scores, profile, responses_of(profile, 4), small_tree)
-    assert row == {
-        "layer": 7,
-        "latent": 0,
-        "fires": 99,
-        "lch": "dog",
-        "lch_height_between": 1.0,
-        "hypernym": "dog",
-        "match": 1.0,
-        "classes": "d1 d2",
-    }
+    of_latents = score_hierarchy(profile, small_tree, k=4), profile, responses_of(profile, 4)
+    rows = {row["wnid"]: row for row in hypernym_rows(*of_latents, small_tree)}
+    assert list(rows) == ["animal", "thing", "cat", "dog"]
+    dog = rows["dog"]
+    assert (dog["best_latent"], dog["match"], dog["matched"], dog["lch"]) == (0, 1, True, "dog")
+    assert dog["top_images"].tolist() == [0] * 4 and dog["responds_to"].tolist() == [0, 1]
+    assert not rows["animal"]["matched"] and rows["cat"]["best_latent"] is None
+    (row,) = latent_rows(*of_latents, small_tree)
+    assert (row["hypernym"], row["match"], row["classes"]) == ("dog", 1, "d1 d2")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from kit.probes import best_threshold, class_draws, hypernym_probes, iou_of, probe_rows
-from metrics import Dictionary, hypernyms_to_find, leaves_of
+from kit.probes import Units, best_threshold, class_draws, hypernym_probes, iou_of, probe_rows
+from metrics import hypernyms_to_find, leaves_of
 from sae import ActivationBuffer
 from taxonomy import Taxonomy, imagenet1k
 
 TREE = Taxonomy.from_wnids(imagenet1k()[150:270:6])  # 20 dogs
 NODES = hypernyms_to_find(TREE)
+LEAVES = leaves_of(TREE, NODES)
+ONCE = torch.ones(20, 1)
 
 
 def buffers(tmp_path, train, val):
@@ -43,13 +45,12 @@ def test_probes_against_numpy(tmp_path):
     codes = rng.normal(size=(20, 9))
     tokens = {split: 3 + codes[y] + rng.normal(size=(len(y), 9)) for split, y in labels.items()}
     train, val = buffers(tmp_path, tokens["train"], tokens["val"])
-    hits = hypernym_probes(
-        lambda x: x, train, labels["train"], val, labels["val"], {"": TREE}, counts=(1, 4, None)
-    )
+    units = Units(lambda x: x, train, val, labels, 20)
+    hits = hypernym_probes(units, LEAVES, counts=(1, 4, None))
     x, x_val = (np.load(tmp_path / f"{split}.npy").astype(float) for split in ("train", "val"))
     mean, deviation = x.mean(0), x.std(0)
     x, x_val = (x - mean) / deviation, (x_val - mean) / deviation
-    for count, hit in hits[""].items():
+    for count, hit in hits.items():
         expected = []
         for v in NODES:
             under = TREE.leaves[v][labels["train"]]
@@ -63,16 +64,17 @@ def test_probes_against_numpy(tmp_path):
             yes = x_val[:, units] @ weights >= best
             expected.append(overlap(yes, TREE.leaves[v][labels["val"]]))
         images = torch.bincount(torch.from_numpy(labels["val"])).float()
-        iou = iou_of(hit, images, leaves_of(TREE, NODES))
+        iou = iou_of(hit, images, LEAVES, ONCE)[:, 0]
         assert iou.numpy() == pytest.approx(np.array(expected), abs=0.02)  # half precision
-    dictionary = Dictionary("neurons", None, lambda x: x)
-    rows, draws = probe_rows(dictionary, train, val, labels, TREE, TREE.permuted(np.arange(20)))
+    same = TREE.permuted(np.arange(20))
+    rows, draws = probe_rows("neurons", lambda x: x, train, val, labels, TREE, same)
     large = TREE.leaves[NODES].sum(1) >= 5
     assert [row["units"] for row in rows] == [1, 4, 16, 9] * 2 and rows[3]["dictionary"] == "token"
     assert rows[3]["iou"] == pytest.approx(float(iou[large].mean()))
     assert rows[3]["iou_small"] == pytest.approx(float(iou[~large].mean()))
     assert rows[3]["above_half"] == (iou > 0.5).sum() and rows[3]["best"] == iou.max()
-    assert abs(draws.mean() - rows[0]["iou"]) < 0.1 and len(draws) == 1000
+    assert draws[0] == pytest.approx(rows[0]["iou"]) and len(draws) == 1001
+    assert abs(draws.mean() - rows[0]["iou"]) < 0.1
 
 
 def test_one_planted_unit_is_enough_and_a_permuted_tree_is_not_told(tmp_path):
@@ -80,11 +82,11 @@ def test_one_planted_unit_is_enough_and_a_permuted_tree_is_not_told(tmp_path):
     labels = rng.permutation(np.arange(20).repeat(30))
     planted = TREE.leaves[NODES][:, labels].T * (1 + rng.random((600, len(NODES))))
     train, val = buffers(tmp_path, planted, planted[::-1])
-    trees = {"wordnet": TREE, "permuted": TREE.permuted(rng.permutation(20))}
-    hits = hypernym_probes(lambda x: x, train, labels, val, labels[::-1].copy(), trees)
+    units = Units(lambda x: x, train, val, {"train": labels, "val": labels[::-1].copy()}, 20)
     images = torch.full((20,), 30.0)
-    assert (iou_of(hits["wordnet"][1], images, leaves_of(TREE, NODES)) == 1).all()
-    assert iou_of(hits["permuted"][1], images, leaves_of(trees["permuted"], NODES)).mean() < 0.7
+    assert (iou_of(hypernym_probes(units, LEAVES)[1], images, LEAVES, ONCE) == 1).all()
+    leaves = LEAVES[:, torch.from_numpy(rng.permutation(20))]
+    assert iou_of(hypernym_probes(units, leaves)[1], images, leaves, ONCE).mean() < 0.7
 
 
 def test_the_threshold_never_saw_validation(tmp_path):
@@ -93,20 +95,21 @@ def test_the_threshold_never_saw_validation(tmp_path):
     labels = rng.permutation(np.arange(20).repeat(30))
     planted = TREE.leaves[NODES][:, labels].T.astype(float)
     train, val = buffers(tmp_path, planted, planted - 5)
-    hits = hypernym_probes(lambda x: x, train, labels, val, labels, {"": TREE}, counts=(1,))
-    assert (iou_of(hits[""][1], torch.full((20,), 30.0), leaves_of(TREE, NODES)) < 0.6).all()
+    units = Units(lambda x: x, train, val, {"train": labels, "val": labels}, 20)
+    hits = hypernym_probes(units, LEAVES, counts=(1,))
+    assert (iou_of(hits[1], torch.full((20,), 30.0), LEAVES, ONCE) < 0.6).all()
 
 
 def test_the_bootstrap_over_classes_by_hand():
-    draws, rng = class_draws(20, draws=50), np.random.default_rng(0)
-    assert draws.shape == (20, 50) and (draws.sum(0) == 20).all()
-    leaves, images = leaves_of(TREE, NODES), torch.full((20,), 10.0)
+    draws, rng = class_draws(20), np.random.default_rng(0)
+    assert draws.shape == (20, 1001) and (draws.sum(0) == 20).all() and (draws[:, 0] == 1).all()
+    images = torch.full((20,), 10.0)
     hits = torch.from_numpy(rng.integers(0, 11, (len(NODES), 20))).float()
-    iou = iou_of(hits, images, leaves, draws)
+    iou = iou_of(hits, images, LEAVES, draws)
     for h, d in ((0, 0), (2, 7), (3, 20)):
         weights = draws[:, d]
-        both = sum(weights[c] * hits[h, c] for c in range(20) if leaves[h, c])
-        under = sum(weights[c] * 10 for c in range(20) if leaves[h, c])
+        both = sum(weights[c] * hits[h, c] for c in range(20) if LEAVES[h, c])
+        under = sum(weights[c] * 10 for c in range(20) if LEAVES[h, c])
         either = (weights * hits[h]).sum() + under - both
         assert iou[h, d] == pytest.approx(float(both / either)) if under else iou[h, d].isnan()
-    assert torch.equal(class_draws(20, draws=50), draws)
+    assert torch.equal(class_draws(20), draws)

@@ -1,68 +1,56 @@
-"""Processes under torchrun: the results of one, whatever is killed; one sentence if one fails."""
+"""Two processes as torchrun starts them: the results of one; one sentence if one fails."""
 
+import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import reproduce
-from conftest import ROOT, WNIDS, make_quick, results, small_run, write_images
+from conftest import WNIDS, results, small_run, write_images
+from kit import demo, runs
 from kit.data import find_images
 
 
-def start(data, hub, processes, *more, out="out"):
-    script = Path("run.py")
-    script.write_text(
-        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
-        "import conftest, reproduce\nconftest.make_quick()\n"
-        "if __name__ == '__main__':\n    sys.exit(reproduce.main())\n"
-    )
-    run = [str(script), *small_run(data, hub, "--out", out, *more)]
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *run]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *run],
-        env=environment,
-        start_new_session=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+def process(rank, run):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29581"}
+    for module in (runs, reproduce, demo):  # which were imported before
+        module.RANK, module.RANKS = rank, 2
+    sys.stdout = sys.stderr = open(f"said_{rank}", "w")
+    code = reproduce.main(run)
+    sys.stderr.flush()
+    os._exit(code)
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory, hub):
-    """A folder with images, and the results of one process on as many threads."""
-    folder = tmp_path_factory.mktemp("work")
-    for split, count in [("train", 40), ("val", 5)]:  # 160 are three steps
-        for wnid in WNIDS:
-            write_images(folder / "data" / split / wnid, count)
-    with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch.setattr)
-        patch.chdir(folder)
-        run = small_run("data", hub, "--layers", "0,2", "--seeds", "2", "--out", "one")
-        assert reproduce.main(run) == 0
-    return folder
+def run_two(run):
+    """(exit code, what was said) of each."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=process, args=(rank, run)) for rank in (0, 1)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join()
+    return [(each.exitcode, Path(f"said_{i}").read_text()) for i, each in enumerate(processes)]
 
 
 def test_one_fails_with_its_sentence_and_started_again_two_come_to_the_results_of_one(
-    work, hub, monkeypatch
+    hub, work, monkeypatch
 ):
-    monkeypatch.chdir(work)
-    arguments = "data", hub, 2, "--layers", "0,2", "--seeds", "2"
-    bad = Path("data/train", find_images("data")[0].names[-1])  # in the last share
+    monkeypatch.setattr("dinov2_hooks.CHUNK", 1)  # of three: two are the first process's
+    for split, count in [("train", 40), ("val", 5)]:  # 160 are three batches
+        for wnid in WNIDS:
+            write_images(work / "data" / split / wnid, count)
+    arguments = "--layers", "0,2", "--seeds", "2", "--out"
+    assert reproduce.main(small_run("data", hub, *arguments, "one")) == 0
+    run = small_run("data", hub, *arguments, "out")
+    bad = Path("data/train", find_images("data")[0].names[100])  # in the second batch
     content = bad.read_bytes()
     bad.write_bytes(b"\0" * len(content))  # of one size: as far as is known, the same images
-    running = start(*arguments)
-    said, _ = running.communicate(timeout=300)
+    (first, _), (second, said) = run_two(run)
+    assert first != 0 and second == 2 and said.count("error: data/train/") == 1
+    assert "is no readable image" in said
     bad.write_bytes(content)
-    assert running.returncode != 0 and said.count("error: data/train/") == 1, said
-    assert said.count("is no readable image") == 1 and Path("out/tokens/train").is_dir()
-    running = start(*arguments)
-    said, _ = running.communicate(timeout=300)
-    assert running.returncode == 0, said
-    assert said.count("[4/4]") == 1  # one of them speaks
+    (first, said), (second, silence) = run_two(run)
+    assert first == second == 0 and "[4/4]" in said and "[4/4]" not in silence
     assert results("out") == results("one")
-    assert not [*Path("out").rglob("progress_*"), *Path("out").rglob("*.part")]
+    assert not [*Path("out").rglob("*.part")]
