@@ -39,7 +39,7 @@ class BackboneError(ValueError):
     """A backbone that cannot be loaded or is no ViT; a layer it lacks; a token not finite."""
 
 
-def load_backbone(name="dinov2_vitg14", hub=HUB, device="cpu", **options):
+def load_backbone(name="dinov2_vitg14", hub=HUB, **options):
     """A ViT from a torch.hub repository ("owner/name:commit") or a folder with a hubconf.py.
 
     `options` go to its entry point, as pretrained=False. Raises BackboneError: no such folder or
@@ -68,7 +68,7 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, device="cpu", **options):
     if not len(getattr(model, "blocks", ())) or getattr(model, "cls_token", None) is None:
         raise BackboneError(f"{name} is no vision transformer with a class token: it needs .blocks "
                             "and .cls_token")
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False)
 
 
 def eval_transform(resize=256, crop=224, interpolation="bicubic", mean=(0.485, 0.456, 0.406),
@@ -246,7 +246,7 @@ def finish(folder, layers):
         if noted.exists() and noted.read_text() != text:
             raise ImageError(f"other images could be read when earlier layers of {folder} were "
                              "recorded: delete that folder")
-        _write(noted, lambda file: file.write(text.encode()))
+        noted.write_text(text)
         _write(token_path(folder, layer), lambda file: np.save(file, tokens[~bad]))
         for part in parts:
             part.unlink()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy import ndarray as Array
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from sae import SparseAutoencoder
@@ -237,7 +237,7 @@ def responses_of(profile, k=16, response_rate=0.5):
     shown = empty.scatter_add(1, top, torch.ones_like(top, dtype=torch.float32))
     shown_A = empty.scatter_add(1, classes, in_A.float())
     return Responses(latents, top, shown, responds, shown_A * halved, responds_A * halved,
-                     responds_B * halved, halved)
+                     responds_B, halved)
 
 
 def over_pairs(top, value):
@@ -297,22 +297,17 @@ def score_hierarchy(responses, tree):
 # ---------------------------------------------------------------- relations among latents
 
 
-class Relations(NamedTuple):
-    """Do the latents of general hypernyms fire where those of specific ones do? A row of
-    relations.csv. A share is that of the top images of one latent on which another fires."""
-
-    related_pairs: int  # of hypernyms matched, u above v, by different latents
-    related: float  # mean share of the top images of v's latent on which u's fires
-    expected: float  # the same from u's firing rates on the classes of these images
-    unrelated_pairs: int  # without a common class
-    unrelated: float
-    absorption: float  # 1 - related: how often the general latent is silent
-
-
 @torch.inference_mode()
 def relate(encode, read, profile, scores, tree, k=16):
-    """Relations among the hypernyms matched; read gives tokens (rows, n) by number."""
-    latents = torch.from_numpy(scores.latents[scores.best_latent[scores.matched]])  # (M,)
+    """Do the latents of general hypernyms fire where those of specific ones do? Columns of
+    relations.csv, over the M hypernyms matched; read gives tokens (rows, n) by number.
+
+    A share is that of the top images of v's latent on which u's fires. related: its mean over pairs
+    with u above v, by different latents; expected: the same from u's firing rates on the classes of
+    these images, which are left out of the rates; unrelated: pairs without a common class;
+    absorption: 1 - related, how often the general latent is silent.
+    """
+    latents = scores.latents[scores.best_latent[scores.matched]]  # (M,)
     leaves = tree.leaves[scores.nodes[scores.matched]].astype(int)  # (M, C)
     share, expected = np.full((2, len(latents), len(latents)), np.nan)  # [u, v]
     counts = profile.counts[:, latents].sum(0).cpu()  # (M, C)
@@ -326,12 +321,13 @@ def relate(encode, read, profile, scores, tree, k=16):
         expected[:, v] = (others / left)[:, classes].nanmean(1)  # NaN: no other image of a class
     common = leaves @ leaves.T  # (M, M) classes of both
     size = leaves.sum(1)
-    different = latents[:, None].numpy() != latents.numpy()
+    different = latents[:, None] != latents
     related = different & (common == size) & (common < size[:, None])  # u above v
     unrelated = different & (common == 0)
     mean = mean_of(share[related])
-    return Relations(related.sum(), mean, mean_of(expected[related]), unrelated.sum(),
-                     mean_of(share[unrelated]), 1 - mean)
+    return {"related_pairs": related.sum(), "related": mean, "expected": mean_of(expected[related]),
+            "unrelated_pairs": unrelated.sum(), "unrelated": mean_of(share[unrelated]),
+            "absorption": 1 - mean}
 
 
 # ---------------------------------------------------------------- consistency of layers
@@ -345,10 +341,10 @@ def kappa(matched):
     share = matched.mean(1)
     expected = np.outer(share, share) + np.outer(1 - share, 1 - share)
     agreement = (matched[:, None] == matched).mean(2)
-    undefined = (share == 0) | (share == 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result = (agreement - expected) / (1 - expected)
-    result[undefined] = result[:, undefined] = np.nan
+    result = np.full_like(expected, np.nan)
+    defined = (share > 0) & (share < 1)
+    pairs = np.ix_(defined, defined)
+    result[pairs] = (agreement[pairs] - expected[pairs]) / (1 - expected[pairs])
     return result
 
 
@@ -407,10 +403,13 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
     deviation = variance.sqrt().float()
     deviation[deviation <= 1e-6 * deviation.max()] = torch.inf  # a constant tells nothing
     mean = mean.float()
-    classifier = nn.Linear(len(mean), classes, device=device)
-    nn.init.zeros_(classifier.weight)
-    nn.init.zeros_(classifier.bias)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
+    W = torch.zeros(len(mean), classes, device=device, requires_grad=True)
+    b = torch.zeros(classes, device=device, requires_grad=True)
+
+    def logits(x):
+        return (x - mean) / deviation @ W + b
+
+    optimizer = torch.optim.AdamW([W, b], lr=2e-3, weight_decay=1e-2, fused=True)
     steps = max(1, len(train) // 256)  # an epoch
     epochs = max(10, -(-least_steps // steps))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * steps)
@@ -419,9 +418,9 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
         for start in 256 * rng.permutation(steps):
             rows = slice(start, start + 256)
             x = torch.from_numpy(np.array(train[rows])).to(device).float()  # of a memory map
-            loss = cross_entropy(classifier((x - mean) / deviation), labels[rows])
+            loss = cross_entropy(logits(x), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             decay.step()
-    return lambda x: classifier((x - mean) / deviation)
+    return logits

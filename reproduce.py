@@ -22,7 +22,6 @@ import re
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +49,8 @@ from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
-PROBE_STEPS = 3000  # of the linear probe, at least
 PERMUTED = {"sae": 40, "neurons": 10, "untrained": 10}  # trees whose classes are permuted
+MOST = 2**62
 SETTINGS = {  # name: default, or the type of what has none, or choices; help; limits
     "layers": ("all", "blocks, from 0: all, last, 0-11 or 3,7,11"),
     "data": (str, "folder with train/ and val/ of wnid folders, or Kaggle's ImageNet; "
@@ -64,26 +63,26 @@ SETTINGS = {  # name: default, or the type of what has none, or choices; help; l
     "precision": ([None, "float32", "float16", "bfloat16"], "of the forward pass (float16 on a "
                   "GPU, else float32, or as tokens were recorded)"),
     "out": (str, "output folder (runs/<data>-<backbone>)"),
-    "expansion": (8, "SAE: latents per dimension of the token", 1),
+    "expansion": (8, "SAE: latents per dimension of the token", 1, MOST),
     "activation": ("relu", "SAE: relu, the paper's, or topk-K, as topk-32"),
-    "l1": (0.1, "SAE: λ, the weight of ‖z‖₁ in the loss", 0),
+    "l1": (0.1, "SAE: λ, the weight of ‖z‖₁ in the loss"),
     "inputs": (["centred", "raw"], "SAE: tokens minus their mean, or as they come; both over one "
                "scalar"),
-    "epochs": (50, "SAE: of training", 1),
-    "batch-size": (int, "SAE: of training (4096; less, for at least 1,500 steps)", 1),
-    "lr": (4e-4, "SAE: learning rate", 1e-12),
+    "epochs": (50, "SAE: of training", 1, MOST),
+    "batch-size": (int, "SAE: of training (4096; less, for at least 1,500 steps)", 1, MOST),
+    "lr": (4e-4, "SAE: learning rate", 1e-12, MOST),
     "top-k": (16, "top images of a latent", 2, TOP // 2),
     "response-rate": (0.5, "θ: a latent responds to a class if it fires on this share of its "
                       "images", 1e-12, 1),
-    "images-per-class": (int, "use no more training images of a class", 1),
+    "images-per-class": (int, "use no more training images of a class", 1, MOST),
     "skip-bad-images": (False, "go on without images that do not decode"),
     "saes": (str, "USER/NAME: score published SAEs, of the Hub or a folder of layer_NN, instead of "
              "training"),
     "push-to-hub": (str, "USER/NAME: publish SAEs and results on Hugging Face"),
     "device": ([None, "cuda", "cpu"], "cuda where there is one"),
-    "workers": (int, "processes that decode images (one for each CPU)", 0),
-    "seed": (0, "of the SAEs", 0),
-    "seeds": (1, "so many SAEs a layer, from --seed on", 1)}
+    "workers": (int, "processes that decode images (one for each CPU)"),
+    "seed": (0, "of the SAEs"),
+    "seeds": (1, "so many SAEs a layer, from --seed on", 1, MOST)}
 SCORING = [  # code on which scores depend, with `score_layer`
     "sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
 
@@ -106,10 +105,9 @@ def parse_settings(argv=None):
     settings = parser.parse_args(argv)
     for name, (_, _, *limits) in SETTINGS.items():
         value = getattr(settings, name.replace("-", "_"))
-        if limits and value is not None:
-            least, most = (*limits, 2**62)[:2]
-            if not least <= value <= most:
-                parser.error(f"--{name} {value}: give a number from {least} to {most}")
+        least, most = limits or (0, MOST)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            parser.error(f"--{name} {value}: give a number from {least} to {most}")
     if not re.fullmatch(r"all|last|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", settings.layers):
         parser.error(f"--layers {settings.layers}: give all, last, a range 0-11 or a list 3,7,11")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -145,9 +143,8 @@ def check_tokens(settings, inputs, folder):
     path = folder / "settings.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     precision = "float16" if settings.device == "cuda" else "float32"
-    weights = 0
-    for tensor in inputs.model.state_dict().values():
-        weights += tensor.double().abs().sum().item()
+    tensors = inputs.model.state_dict().values()
+    weights = sum(tensor.double().abs().sum().item() for tensor in tensors)
     about = {
         "backbone": settings.backbone, "weights": f"{weights:.10g} in sum",
         "images": f"{inputs.note} {fingerprint(inputs.train, inputs.val)}",
@@ -248,8 +245,8 @@ def open_layer(train_path, val_path, labels, classes, device):
     """What all SAEs of a layer are scored with: (train, val, statistics, linear probe)."""
     train = ActivationBuffer(train_path, device)
     statistics = train.statistics()
-    moments = [x.to(device) for x in (statistics.mean, statistics.variance)]
-    probe = linear_probe(train.tokens, labels["train"], classes, *moments, PROBE_STEPS)
+    probe = linear_probe(train.tokens, labels["train"], classes, statistics.mean,
+                         statistics.variance)
     return train, ActivationBuffer(val_path, device), statistics, probe
 
 
@@ -266,7 +263,7 @@ def score_layer(about, sae, layer, labels, tree, controls, k, response_rate):
     C = len(tree.classes)
     rows = {"hierarchy": [], "relations": [], "probes": []}
     made = {"iou_draws": {}}
-    mean = statistics.mean.float().to(train.device)
+    mean = statistics.mean.float()
     sample = train.rows_at(slice(SAMPLE))  # rows are in random order
     seed = (sae.about or {}).get("seed", about["seed"])
     for name, encode, probed in dictionaries_of(sae, sample, mean, seed):
@@ -277,7 +274,7 @@ def score_layer(about, sae, layer, labels, tree, controls, k, response_rate):
         by_tree, draws = hierarchy_rows(name, scores, permuted)
         rows["hierarchy"] += by_tree
         related = relate(encode, val.rows_at, profile, scores, tree, k)
-        rows["relations"].append({"dictionary": name, **related._asdict()})
+        rows["relations"].append({"dictionary": name, **related})
         if name == "sae":
             made["permuted_draws"] = draws
             made["hypernyms"] = hypernym_rows(scores, profile, responses, tree)
@@ -348,10 +345,8 @@ def say_what_is_written(inputs, jobs, out):
     rows = len(inputs.train.names) + len(inputs.val.names)
     tokens = 2 * width * rows * len(inputs.layers)
     saes = 8 * jobs[0].training.expansion * width**2 * len(jobs)
-    done = 0
-    for path in out.rglob("*"):
-        if path.suffix in (".npy", ".part", ".safetensors"):
-            done += path.stat().st_size
+    there = [path for path in out.rglob("*") if path.suffix in (".npy", ".part", ".safetensors")]
+    done = sum(path.stat().st_size for path in there)
     check_disk(out, max(0, tokens + saes - done), "class tokens and SAEs")
     used = {path.parent for job in jobs for path in (job.sae, job.scores)}
     unused = {*(out / "saes").glob("*"), *(out / "scores").glob("*")} - used
@@ -366,8 +361,7 @@ def run(settings):
     start = time.time()
     out = where_to(settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else "no GPU is used"
-    build = "" if torch.backends.cuda.is_built() else ", this PyTorch is a build without CUDA"
-    print(f"      device: {settings.device} ({card}{build})")
+    print(f"      device: {settings.device} ({card}), PyTorch {torch.__version__}")
     if settings.push_to_hub:
         HfApi().whoami()  # raises where there is no token, before the hours are spent
     with lock(out):
@@ -390,8 +384,7 @@ def run(settings):
             print("[4/4] scores -> tables, figures, report")
             record = {
                 "settings": vars(settings), "made_of": about, "training": asdict(trainings[0]),
-                "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
-                **tables_of(scores)}
+                "torch": torch.__version__, **tables_of(scores)}
             write_results(settings, inputs, out, jobs, record, labels["val_ids"])
             print(f"Done in {time.time() - start:.0f} s.")
 
@@ -405,10 +398,8 @@ def write_results(settings, inputs, out, jobs, record, ids):
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
     with write_aside(folder) as part:
         print(report.write(part, title, inputs, record, saes, ids))
-    if not settings.saes:
-        hub.write_card(saes, settings.push_to_hub or "USER/NAME", inputs, settings.backbone, folder)
     if settings.push_to_hub:
-        hub.publish(settings.push_to_hub, saes, folder)
+        hub.publish(settings.push_to_hub, saes, folder, inputs, settings.backbone)
     print(f"\nReport: {folder / 'report.html'}")
 
 

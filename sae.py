@@ -69,12 +69,12 @@ class ActivationBuffer:
         return self._read(rows).float()
 
     def statistics(self):
-        """Mean and variance of every coordinate over all rows, summed in float64."""
+        """Mean and variance of every coordinate over all rows, summed in float64, on the device."""
         total = squares = 0
         for batch in self.batches(8192):
             batch = batch.double()
-            total = total + batch.sum(0).cpu()
-            squares = squares + batch.square().sum(0).cpu()
+            total = total + batch.sum(0)
+            squares = squares + batch.square().sum(0)
         mean = total / self.rows
         squares = squares / self.rows
         variance = (squares - mean.square()).clamp(min=0)

@@ -31,7 +31,7 @@ class TaxonomyError(ValueError):
 
 class Synset(NamedTuple):
     name: str  # as NLTK writes it: dog.n.01
-    hypernyms: tuple[str, ...]  # wnids, one edge up
+    hypernyms: tuple  # wnids, one edge up
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,9 @@ class Taxonomy:
     Classes keep the order in which they are given; sorted, that is torchvision's label order.
     """
 
-    wnids: list[str]
+    wnids: list
     """(V,) sorted"""
-    names: list[str]
+    names: list
     """(V,) synset names: dog.n.01"""
     classes: Array
     """(C,) int, the node of each class"""
@@ -169,12 +169,6 @@ def read_graph(path):
     return {wnid: Synset(name, tuple(hypernyms.split())) for wnid, name, hypernyms in rows}
 
 
-def imagenet1k():
-    """The 1,000 wnids of ImageNet-1k, sorted: the shipped nodes that nothing is below."""
-    graph = read_graph(SHIPPED)
-    return sorted(graph.keys() - {wnid for synset in graph.values() for wnid in synset.hypernyms})
-
-
 def wordnet_graph(wnids):
     """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError where it lacks one."""
     wordnet = _wordnet()
@@ -217,5 +211,5 @@ def _wordnet():
 
 
 if __name__ == "__main__":
-    for wnid, synset in sorted(wordnet_graph(imagenet1k()).items()):
+    for wnid, synset in sorted(wordnet_graph(read_graph(SHIPPED)).items()):
         print(wnid, synset.name, " ".join(synset.hypernyms), sep="\t")

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # else it crawls beside another program
-HERE = Path(globals().get("__file__", "examples/walkthrough.py")).resolve()  # a notebook has none
-ROOT = next(folder for folder in [*HERE.parents, *Path.cwd().parents, Path.cwd()]
-            if (folder / "dinov2_hooks.py").exists())
-sys.path.insert(0, str(ROOT))  # where the modules are
+HERE = Path(globals().get("__file__", "walkthrough.ipynb")).resolve()  # a notebook has no __file__
+ROOT = HERE.parent.parent  # where the modules are
+sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -93,12 +92,10 @@ print(f"Latent {latent} matches {names[number]} by {scores.best_latent_match[num
 
 # %%
 order = np.random.default_rng(0).permutation(len(classes))
-control = score_hierarchy(responses, tree.permuted(order)).summary()
-summary = scores.summary()
-print(f"Height between classes {summary['lch_height_between']:.2f}, under a permuted tree "
-      f"{control['lch_height_between']:.2f}")
-print(f"Hypernyms matched {summary['hypernyms_matched']} of {len(names)}, under a permuted tree "
-      f"{control['hypernyms_matched']}")
+control = score_hierarchy(responses, tree.permuted(order))
+for name, each in (("WordNet's tree", scores), ("a permuted tree", control)):
+    print(f"Under {name}: height between classes {each.summary()['lch_height_between']:.2f}, "
+          f"hypernyms matched {each.matched.sum()} of {len(names)}")
 
 # %% [markdown]
 # ## 5. Where the latent looks
@@ -116,8 +113,6 @@ for i, (above, below) in enumerate(axes.T):
     above.imshow((picture - picture.min()) / (picture.max() - picture.min()))
     below.imshow(maps[i], cmap="inferno")
     above.set(title=tree.names[tree.classes[labels[top[i]]]])
-    above.axis("off")
-    below.axis("off")
 figure.suptitle(f"layer {LAYER}, latent {latent}: {names[number]}")
 figure.savefig(OUT / "latent.png", dpi=120)
 

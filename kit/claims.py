@@ -18,6 +18,7 @@ SCORES = {  # columns of hierarchy.csv: name, and the sign that makes more hiera
     "hypernyms_matched": ("hypernyms matched", 1),
 }
 MAIN = "lch_height_between"
+LAST_LESS_FIRST = "last third of layers less first"
 FEWEST_LAYERS = 4  # below these, nothing can be judged
 FEWEST_SEEDS = 3
 FEWEST_CLASSES = 10
@@ -147,11 +148,6 @@ def over_the_classes(claim, statistic, draws):
                   low=low.min(), high=high.max())
 
 
-def over_layers(row, layers):
-    """A row that compares layers is judged where there are some."""
-    return row | ({"verdict": "too few layers"} if layers < FEWEST_LAYERS else {})
-
-
 def hierarchy_claims(scores):
     rows = []
     for column, (name, sign) in SCORES.items():
@@ -164,9 +160,8 @@ def hierarchy_claims(scores):
                            permuted=sign * permuted, p_value=as_good[-1].max()))
         there = (as_good <= 0.05).all(1)  # (L,)
         by_layer = surplus(scores, column)
-        grows = over_the_seeds(f"it grows with depth{by}", f"{name}: S, last third of layers less "
-                               "first", thirds(by_layer), there[0], there[-1])
-        rows.append(over_layers(grows, len(there)))
+        rows.append(over_the_seeds(f"it grows with depth{by}", f"{name}: S, {LAST_LESS_FIRST}",
+                                   thirds(by_layer), there[0], there[-1]))
         if column == MAIN:
             training = by_layer - surplus(scores, column, "untrained")
             rows.append(over_the_seeds("training brings it", f"{name}: S, SAE less untrained SAE, "
@@ -180,8 +175,7 @@ def layer_claims(scores, draws):
     for column, (claim, above, below) in BY_CLASS.items():
         ratio = gather(scores, "by_class", above) @ draws
         ratio /= gather(scores, "by_class", below) @ draws  # (L, S, 1 + D)
-        row = over_the_classes(claim, f"{column}, last third of layers less first", thirds(ratio))
-        rows.append(over_layers(row, len(ratio)))
+        rows.append(over_the_classes(claim, f"{column}, {LAST_LESS_FIRST}", thirds(ratio)))
     return rows
 
 
@@ -234,11 +228,12 @@ def described(relations, hypernyms):
 def claims_of(scores, hypernyms, matched, relations):
     """Rows of claims.csv. scores: by (layer, seed), sorted, as stage 3 makes them; for each
     seed the rows of hypernyms.csv, and (L, H) which hypernyms are matched."""
-    images = gather(scores, "by_class", "images")  # (L, S, C)
-    classes = images.shape[2]
+    layers, _, classes = gather(scores, "by_class", "images").shape
     rows = hierarchy_claims(scores) + layer_claims(scores, class_draws(classes).numpy())
     rows += probe_claims(scores) + [consistency_claim(matched)]
-    if classes < FEWEST_CLASSES:
-        for row in rows:
+    for row in rows:
+        if classes < FEWEST_CLASSES:
             row["verdict"] = "too few classes"
+        elif layers < FEWEST_LAYERS and LAST_LESS_FIRST in row["statistic"]:
+            row["verdict"] = "too few layers"
     return rows + described(relations, hypernyms)

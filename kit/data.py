@@ -27,7 +27,7 @@ class Split(NamedTuple):
     """The images of a split, in the order of their rows in the token files."""
 
     root: Path
-    names: list[str]  # paths relative to root
+    names: list  # paths relative to root
     labels: np.ndarray  # (N,) int64, a class's place among the sorted wnids
 
 
@@ -102,9 +102,7 @@ def images_by_class(folder):
 
     classes = {}
     aside = []
-    for wnid in sorted(os.listdir(folder)):
-        if not os.path.isdir(os.path.join(folder, wnid)):
-            continue
+    for wnid in sorted(next(os.walk(folder, onerror=fail))[1]):
         if not re.fullmatch(r"n\d{8}", wnid):
             aside.append(wnid)
             continue

@@ -4,7 +4,6 @@ Every WordNet node above a class gives it one visual trait, the colour of one ri
 hierarchy is planted, so it must be found: the positive control of the whole kit.
 """
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torchvision.transforms.functional import to_pil_image
@@ -86,9 +85,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        wide = nn.Linear(width, 4 * width)
-        narrow = nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), wide, nn.GELU(), narrow)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
 
     def forward(self, x):  # (B, 1+P, n)
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
@@ -138,7 +136,6 @@ def open_demo(out, normalise):
     """The ViT, and the folder of its images, {train,val}/<wnid>/000.png ...; made unless they are
     there."""
     folder = out / f"demo-{short_hash(code_of(__file__))}"
-    weights = folder / "vit.safetensors"
     traits = class_traits(Taxonomy.from_wnids(CLASSES))
     if RANK == 0 and not folder.is_dir():
         with write_aside(folder) as part:
@@ -149,8 +146,7 @@ def open_demo(out, normalise):
                     class_folder.mkdir(parents=True)
                     for i, image in enumerate(draw(rings.expand(count, -1), generator)):
                         to_pil_image(image).save(class_folder / f"{i:03d}.png")
-            vit = train_vit(traits, normalise)
-            (part / weights.name).write_bytes(save(vit.state_dict()))
+            torch.save(train_vit(traits, normalise).state_dict(), part / "vit.pt")
     vit = SmallViT().eval().requires_grad_(False)
-    vit.load_state_dict(load_file(weights))
+    vit.load_state_dict(torch.load(folder / "vit.pt"))
     return vit, folder / "images"

@@ -22,16 +22,15 @@ PANELS = {  # columns of layers.csv
 def by_layer(axis, ylabel, layers):
     axis.set_xticks(layers[:: -(-len(layers) // 12)])  # at layers that were run
     axis.set(xlabel="layer", ylabel=ylabel)
-    axis.grid(alpha=0.3)
 
 
 def line(axis, rows, column, style, points, key="layer", **where):
     """The mean over seeds by layer, or another key of the rows, drawn with a band of one standard
     deviation. Returns the means."""
-    values = [values_of(rows, column, **where, **{key: point}) for point in points]
-    mean = np.array([value.mean() for value in values])
+    values = np.array([values_of(rows, column, **where, **{key: point}) for point in points])
+    mean = values.mean(1)
     axis.plot(points, mean, **style)
-    band(axis, points, mean, np.array([value.std() for value in values]), style["color"])
+    band(axis, points, mean, values.std(1), style["color"])
     return mean
 
 

@@ -27,8 +27,12 @@ z = sae.encode(x)  # raw class tokens (B, n) -> latents (B, m)
 """
 
 
-def publish(repo, saes, results):
-    """Upload a run's folder of SAEs, with the card in it, and its tables and figures."""
+def publish(repo, saes, results, inputs, backbone):
+    """Upload a run's folder of SAEs with a card, and its tables and figures."""
+    tables = (results / "tables.md").read_text(encoding="utf-8")
+    card = CARD.format(repo=repo, title=backbone, note=inputs.note, tables=tables,
+                       layer=layer_name(inputs.layers[-1]))
+    (saes / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     api = HfApi()
     api.create_repo(repo, exist_ok=True)
     wanted = ["README.md", *(f"layer_*/{file}" for file in SAE_FILES)]
@@ -58,11 +62,3 @@ def find_saes(source, layers, width, backbone):
         if trained_on != backbone:
             print(f"      {name} was trained on {trained_on}, and is scored on {backbone}")
     return folder
-
-
-def write_card(folder, repo, inputs, backbone, results):
-    """The README.md of a folder of SAEs, so that it can be published as it is."""
-    tables = (results / "tables.md").read_text(encoding="utf-8")
-    card = CARD.format(repo=repo, title=backbone, note=inputs.note, tables=tables,
-                       layer=layer_name(inputs.layers[-1]))
-    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

@@ -3,8 +3,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transform_of
 from kit import demo
 from kit.data import Split, find_images
@@ -17,12 +15,12 @@ from taxonomy import Taxonomy
 class Inputs(NamedTuple):
     """What a run works on, found before anything is written."""
 
-    model: torch.nn.Module
+    model: object
     transform: object
     train: Split
     val: Split
     tree: Taxonomy
-    layers: list[int]
+    layers: list
     note: str  # what is run, in a sentence
 
 

@@ -137,11 +137,9 @@ def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
             if (name, count) == ("wordnet", 1):
                 one_unit = drawn[large].nanmean(0)
             iou = drawn[:, 0].numpy()
-            defined = np.isfinite(iou)
             rows.append({
                 "dictionary": dictionary if count else "token",
                 "units": count or train.width, "tree": name,
-                "iou": mean_of(iou[large & defined]),
-                "iou_small": mean_of(iou[~large & defined]),
-                "above_half": (iou > 0.5).sum(), "best": np.nanmax(iou)})
+                "iou": mean_of(iou[large]), "iou_small": mean_of(iou[~large]),
+                "above_half": (iou > 0.5).sum(), "best": iou.max()})
     return rows, one_unit

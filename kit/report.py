@@ -37,13 +37,6 @@ def picture(image):
     return f'<img loading="lazy" alt="" src="{data_uri("webp", file.getvalue())}">'
 
 
-def overlay(images, maps):
-    """images (B, 3, H, W), dark where their maps (B, h, w) are low."""
-    heat = interpolate(maps[:, None], images.shape[2:], mode="bicubic").clamp(min=0)
-    heat = heat / heat.amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
-    return images * (0.15 + 0.85 * heat**0.7)  # maps are peaked
-
-
 class Latents:
     """The latents of hypernyms in words and pictures: top images, and where in them they look."""
 
@@ -87,7 +80,9 @@ class Latents:
         shown = interpolate(images * std + mean, (SIDE, SIDE), mode="bilinear", antialias=True)
         if count == TILES and not self.why_no_maps:
             try:
-                shown = torch.cat([shown, overlay(shown, self.maps(images, row))], dim=2)
+                heat = interpolate(self.maps(images, row)[:, None], (SIDE, SIDE), mode="bilinear")
+                heat = heat / heat.amax((2, 3), keepdim=True).clamp(min=1e-30)
+                shown = torch.cat([shown, shown * (0.15 + 0.85 * heat**0.7)], dim=2)
             except BackboneError as error:
                 self.why_no_maps = str(error)
         html = ""
@@ -124,7 +119,7 @@ def emergence_map(rows, layers):
 
 
 def html_table(rows):
-    lines = ["<th>".join(["", *map(escape, rows[0])])] if rows else ["<td>none"]
+    lines = ["<th>".join(["", *map(escape, rows[0])])]
     for row in rows:
         lines.append("<td>".join(["", *(escape(cell(value)) for value in row.values())]))
     return f'<div class="wide"><table><tr>{"<tr>".join(lines)}</table></div>'
@@ -149,15 +144,13 @@ def write(folder, title, inputs, record, sae_folder, ids):
         best[row["best_layer"], row["best_latent"]] = row  # each latent once
     opened = list(best.values())[-OPEN:]
     others = [row for row in matched if row not in opened]
-    run = record["settings"] | record["training"] | record["made_of"] | record["versions"]
     parts = {
         "title": escape(title), "note": inputs.note, "whose": escape(whose),
         "answer": "".join(f"<p>{escape(text)}</p>" for text in sentences),
-        "map": emergence_map(rows, inputs.layers), "more": len(others),
+        "map": emergence_map(rows, inputs.layers),
         "latents": "".join(latents.section(row, TILES) for row in opened),
         "folded": "".join(latents.section(row, FEW) for row in others),
-        "why_no_maps": escape(latents.why_no_maps),
-        "settings": html_table([{"setting": key, "value": value} for key, value in run.items()])}
+        "why_no_maps": escape(latents.why_no_maps)}
     for name, table in shown.items():
         parts[name] = html_table(table)
     for name, path in figures.draw(folder / "figures", record, inputs.layers).items():

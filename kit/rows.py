@@ -32,7 +32,8 @@ def hypernym_rows(scores, profile, responses, tree):
         i = scores.best_latent[h]
         row = {"wnid": tree.wnids[v], "name": tree.names[v], "classes": sizes[v],
                "height": tree.height[v], "matched": scores.matched[h],
-               "best_latent": None, "match": 0.0, "lch": None}
+               "best_latent": None, "match": 0.0, "lch": None, "top_images": [],
+               "responds_to": []}
         if i >= 0:
             latent = scores.latents[i]
             top_images = profile.top_images[latent, : profile.fires[latent]]

@@ -88,10 +88,7 @@ def lock(out):
 
 def check_disk(folder, needed, what):
     """Say what is to be written and what is free; raises InputError where it does not fit."""
-    there = folder.resolve()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(folder).free
     about = f"{needed / 1e9:.2f} GB to write to {folder}, {free / 1e9:.2f} GB free"
     print(f"      {what}: {about}")
     if needed > free:

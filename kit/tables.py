@@ -9,9 +9,6 @@ from kit.rows import values_of
 from kit.runs import to_json
 
 TABLES = ("layers hierarchy probes relations hypernyms latents consistency claims readings").split()
-HYPERNYMS = ("wnid", "name", "classes", "height", "emergence_layer", "best_layer", "best_latent",
-             "match", "lch")  # columns of hypernyms.csv
-CLAIMS = ("claim", "verdict", "value", "permuted", "low", "high", "p_value", "statistic")  # shown
 MARKS = {"holds": "✓", "open": "○", "contradicted": "✗"}  # else –
 
 
@@ -22,8 +19,6 @@ def cell(value):
 
 
 def markdown(rows):
-    if not rows:
-        return "none"
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     for row in rows:
         lines.append(map(cell, row.values()))
@@ -67,8 +62,8 @@ def findings(tables, layers):
         return f"{mean(MAIN, *where):.3g} (permuted {mean(MAIN, *where, tree='permuted'):.3g})"
 
     main, grows = tables["claims"][:2]
-    answer = {"holds": "the hierarchy is there", "contradicted": "related classes lie further apart "
-              "than chance would have them"}.get(main["verdict"], "it cannot be told from chance")
+    answer = {"holds": "the hierarchy is there", "contradicted": "kin lie further apart"}
+    answer = answer.get(main["verdict"], "it cannot be told from chance")
     sentences = [
         f"Two of a latent's top images, of different classes, meet {main['value']:.3g} edges up in "
         f"the last layer, {main['permuted']:.3g} under permuted trees (p = {main['p_value']:.2g}): "
@@ -94,16 +89,13 @@ def findings(tables, layers):
 def write_tables(folder, title, note, tables, layers):
     """Every table as CSV, those for reading as tables.md, all as results.json. Returns the tables
     for reading, by name, and the findings."""
-    hypernyms = [{column: row[column] for column in HYPERNYMS} for row in tables["hypernyms"]]
     for name in TABLES:
-        rows = hypernyms if name == "hypernyms" else tables[name]
+        rows = tables[name]
         with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0] if rows else [])
             writer.writeheader()
             writer.writerows(rows)
-    claims = [{column: row[column] for column in CLAIMS} for row in tables["claims"]]
-    shown = {"claims": claims, "by_layer": by_layer(tables, layers),
-             "hypernyms": hypernyms}
+    shown = {"claims": tables["claims"], "by_layer": by_layer(tables, layers)}
     sentences = findings(tables, layers)
     text = [f"# {title}", note, *sentences]
     for name, rows in shown.items():

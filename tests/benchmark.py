@@ -18,11 +18,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import imagenet1k
+
 import metrics
 import reproduce
 from kit import probes
-from sae import Training, fast_precision, new_sae, train_sae, ActivationBuffer
-from taxonomy import Taxonomy, imagenet1k
+from sae import ActivationBuffer, Training, fast_precision, new_sae, train_sae
+from taxonomy import Taxonomy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -79,7 +81,7 @@ def score(quick):
         for (split, count), path in zip(rows.items(), paths):
             labels[split] = rng.permutation(np.arange(count) % C)
             write_tokens(path, labels[split], codes, rng)
-        with mock.patch("reproduce.PROBE_STEPS", 1):
+        with mock.patch("reproduce.linear_probe", lambda *given: lambda x: x[:, :C]):
             layer = reproduce.open_layer(*paths, labels, C, DEVICE)
         sae = new_sae(layer[2], Training(expansion=expansion)).to(DEVICE).requires_grad_(False)
         sae.b_enc.fill_(-0.05)  # about 5% of random latents fire

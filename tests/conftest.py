@@ -1,5 +1,6 @@
 """What tests share: a local torch.hub repository, small images, WordNet, DINOv2's own code."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -11,10 +12,18 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from metrics import linear_probe
+from taxonomy import SHIPPED, read_graph
 
 torch.set_num_threads(1)  # tensors are small: more threads would wait for each other
 # goldfinch, Chihuahua, tabby, airliner
 WNIDS = ["n01531178", "n02085620", "n02123045", "n02690373"]
+
+
+def imagenet1k():
+    """The 1,000 wnids of ImageNet-1k, sorted: the shipped nodes that nothing is below."""
+    graph = read_graph(SHIPPED)
+    return sorted(graph.keys() - {wnid for synset in graph.values() for wnid in synset.hypernyms})
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +91,11 @@ def write_hub(folder: Path) -> Path:
 
 def make_quick(set_attribute=setattr):
     """A small run's time is mostly that of its figures and of the steps of its probes."""
-    import reproduce
     from matplotlib.figure import Figure
 
-    set_attribute(reproduce, "PROBE_STEPS", 3)
+    import reproduce
+
+    set_attribute(reproduce, "linear_probe", functools.partial(linear_probe, least_steps=3))
     set_attribute(Figure, "savefig", lambda figure, path, **more: path.write_bytes(b""))
 
 

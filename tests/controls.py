@@ -11,6 +11,7 @@ No images: real SAEs, real scoring and real claims on 100 ImageNet classes, six 
 three seeds. In a flat world no claim about the hierarchy may hold, in a constant one no growth.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -20,10 +21,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import imagenet1k
+
 import reproduce
 from kit.runs import to_json
+from metrics import linear_probe
 from sae import Training, train_sae
-from taxonomy import Taxonomy, imagenet1k
+from taxonomy import Taxonomy
 
 WIDTH = 48
 IMAGES = {"train": 40, "val": 20}  # of each class
@@ -83,7 +87,7 @@ def claims_of_world(world, seed, layers=6, seeds=3, epochs=25, classes=100):
 
 def main(world, count, first="0"):
     torch.set_num_threads(1)
-    reproduce.PROBE_STEPS = 300
+    reproduce.linear_probe = functools.partial(linear_probe, least_steps=300)
     for seed in range(int(first), int(first) + int(count)):
         for row in claims_of_world(world, seed):
             print(json.dumps({"world": world, "seed": seed, **row}), flush=True)

@@ -1,13 +1,14 @@
 """Verdicts against closed forms and enumeration, and on small worlds whose truth is known."""
 
+import functools
 import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
+from controls import claims_of_world
 
 import reproduce
-from controls import claims_of_world
 from kit.claims import (
     consistency_claim,
     curveball,
@@ -17,7 +18,7 @@ from kit.claims import (
     thirds,
     verdict,
 )
-from metrics import kappa
+from metrics import kappa, linear_probe
 
 
 def test_t_interval_against_tables():
@@ -87,13 +88,15 @@ def test_rank_correlation_closed_forms():
 def few_trees(monkeypatch):
     """As few as a p of 0.05 allows."""
     monkeypatch.setattr(reproduce, "PERMUTED", {"sae": 19, "neurons": 2, "untrained": 2})
-    monkeypatch.setattr(reproduce, "PROBE_STEPS", 300)
+    quick = functools.partial(linear_probe, least_steps=300)
+    monkeypatch.setattr(reproduce, "linear_probe", quick)
     monkeypatch.setattr("kit.readings.TOP", (16,))
+    monkeypatch.setattr("kit.probes.UNITS", (1,))
 
 
 def claims(world):
     """Of a world of four layers and three seeds, with fewer tokens than in the calibration."""
-    rows = claims_of_world(world, 1, layers=4, epochs=12, classes=50)
+    rows = claims_of_world(world, 1, layers=4, epochs=8, classes=50)
     return {row["claim"]: row for row in rows}
 
 

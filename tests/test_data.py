@@ -9,9 +9,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import WNIDS, write_images
 from PIL import Image
 
-from conftest import WNIDS, write_images
 from dinov2_hooks import eval_transform
 from kit.data import Decoded, find_images, fingerprint, read_image, workers_for
 from kit.runs import InputError

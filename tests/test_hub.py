@@ -6,9 +6,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from conftest import refused, small_run
 from huggingface_hub.utils import filter_repo_objects
 
-from conftest import refused, small_run
 from reproduce import main
 from sae import SparseAutoencoder
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import imagenet1k
 
 import metrics
 from kit.readings import readings
@@ -21,7 +22,7 @@ from metrics import (
     sparse_units,
 )
 from sae import ActivationBuffer, SparseAutoencoder
-from taxonomy import Synset, Taxonomy, imagenet1k
+from taxonomy import Synset, Taxonomy
 
 
 def score_hierarchy(profile, tree, k=16, response_rate=0.5):
@@ -435,8 +436,8 @@ def test_relations_on_a_planted_chain_and_on_planted_absorption():
         return relate(lambda x: x, lambda rows: z[rows], profile, scores, tree), scores, profile
 
     row, _, _ = relations(z)
-    assert row.related == row.expected == 1 and row.absorption == row.unrelated == 0
-    assert row.related_pairs > 20 and row.unrelated_pairs > 20
+    assert row["related"] == row["expected"] == 1 and row["absorption"] == row["unrelated"] == 0
+    assert row["related_pairs"] > 20 and row["unrelated_pairs"] > 20
     # now every latent of more than six classes is silent on a quarter of all images, at random
     rng = np.random.default_rng(0)
     silent = torch.from_numpy(rng.random(len(labels)) < 0.25)
@@ -456,8 +457,10 @@ def test_relations_on_a_planted_chain_and_on_planted_absorption():
                 others = [j for j in np.flatnonzero(labels == labels[i]) if j not in top]
                 rates += [fires[others].mean()] if others else []
             shares.append(fires[top].mean()), expected.append(np.mean(rates))
-    assert row.absorption == pytest.approx(1 - np.mean(shares)) and 0.02 < row.absorption < 0.3
-    assert row.expected == pytest.approx(np.mean(expected), rel=1e-5)
+    assert (
+        row["absorption"] == pytest.approx(1 - np.mean(shares)) and 0.02 < row["absorption"] < 0.3
+    )
+    assert row["expected"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_probe_on_separable_and_on_random_labels(tmp_path):

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import imagenet1k
 
 from kit.probes import Units, best_threshold, class_draws, hypernym_probes, iou_of, probe_rows
 from metrics import hypernyms_to_find, leaves_of
 from sae import ActivationBuffer
-from taxonomy import Taxonomy, imagenet1k
+from taxonomy import Taxonomy
 
 TREE = Taxonomy.from_wnids(imagenet1k()[150:270:6])  # 20 dogs
 NODES = hypernyms_to_find(TREE)

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, WNIDS, refused, results, small_run, write_images
 
 import reproduce
-from conftest import ROOT, WNIDS, refused, results, small_run, write_images
-from kit.tables import over_seeds
 from kit.inputs import parse_layers
+from kit.tables import over_seeds
 from reproduce import main, parse_settings, trainings_of
 from sae import SparseAutoencoder, fast_precision
 
@@ -59,7 +59,8 @@ def test_whole_run(data, hub, capsys):
         "claims": "claim about_hierarchy verdict seeds value permuted spread low high p_value "
         "statistic",
         "latents": "layer seed latent fires lch lch_height_between hypernym match classes",
-        "hypernyms": "wnid name classes height emergence_layer best_layer best_latent match lch",
+        "hypernyms": "wnid name classes height matched best_latent match lch top_images "
+        "responds_to best_layer emergence_layer",
         "consistency": "layer_a layer_b seed kappa",
     }
     for name, expected in columns.items():
@@ -100,7 +101,6 @@ def test_whole_run(data, hub, capsys):
 
 def test_report_is_one_safe_file(data, hub, tmp_path, monkeypatch):
     monkeypatch.undo()  # with figures
-    monkeypatch.setattr("reproduce.PROBE_STEPS", 1)
     monkeypatch.chdir(tmp_path / "work")
     tricky = tmp_path / "<b>'\"&\udcff\n.d"
     data.rename(tricky)
@@ -240,7 +240,11 @@ def test_seeds_and_their_spread(data, hub):
 
 
 def test_mean_and_spread():
-    for values, text in (([540, 560], "550 ± 10"), ([0.5], "0.5"), ([0.123, 0.125], "0.124 ± 0.001")):
+    for values, text in (
+        ([540, 560], "550 ± 10"),
+        ([0.5], "0.5"),
+        ([0.123, 0.125], "0.124 ± 0.001"),
+    ):
         assert over_seeds(values) == text
 
 

@@ -86,7 +86,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
 
 def test_room_on_the_disk(tmp_path, capsys):
-    check_disk(tmp_path / "not/there/yet", 1e7, "tokens")
+    check_disk(tmp_path, 1e7, "tokens")
     assert "tokens: 0.01 GB to write to" in capsys.readouterr().out
     with pytest.raises(InputError, match="not enough disk: 1000000000.00 GB to write to"):
         check_disk(tmp_path, 1e18, "tokens")

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import same_sae
 
 import sae as sae_module
-from conftest import same_sae
 from sae import (
     ActivationBuffer,
     SAEError,

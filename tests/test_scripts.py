@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT, WNIDS, write_images
+
+import reproduce
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from conftest import ROOT, WNIDS, write_images
 )
 def test_scripts(monkeypatch, capsys, arguments, words):
     """As `python tests/NAME ...`, in this process."""
-    monkeypatch.setattr("reproduce.PROBE_STEPS", 1)  # put back after controls.py sets it
+    monkeypatch.setattr("reproduce.linear_probe", reproduce.linear_probe)  # controls.py sets it
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(ROOT / "tests" / arguments[0]), run_name="__main__")
     assert words in capsys.readouterr().out
@@ -44,7 +45,7 @@ def test_walkthrough(data, hub, work, monkeypatch, capsys):
         monkeypatch.setenv(name, str(value))
     exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": str(path)})
     said = capsys.readouterr().out
-    assert "FVU" in said and "Height between classes" in said and "under a permuted tree" in said
+    assert "FVU" in said and "height between classes" in said and "a permuted tree" in said
     assert Path("walkthrough/latent.png").exists()
 
 

@@ -8,8 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import imagenet1k
 
-from taxonomy import SHIPPED, Synset, Taxonomy, TaxonomyError, imagenet1k, read_graph, wordnet_graph
+from taxonomy import SHIPPED, Synset, Taxonomy, TaxonomyError, read_graph, wordnet_graph
 
 
 @pytest.fixture(scope="module")

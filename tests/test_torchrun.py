@@ -5,8 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-import reproduce
 from conftest import WNIDS, results, small_run, write_images
+
+import reproduce
 from kit import demo, runs
 from kit.data import find_images
 
