@@ -59,12 +59,11 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, **options):
             model = torch.hub.load(model=name, verbose=False, **where, **options)
     except OSError as error:  # URLError and HTTPError among them
         raise BackboneError(
-            f"{name} could not be fetched from {hub} ({error}); without internet, give a local copy"
-            ", and have the weights in torch.hub's cache (README, 'Without internet')") from error
+            f"{name} could not be fetched from {hub} ({error}); give a local copy (README, Trouble)"
+        ) from error
     except (Exception, SystemExit) as error:  # the repository's own code, which may raise anything
         raise BackboneError(f"{hub}: {name} failed with {type(error).__name__}: {error}; a package "
-                            f"may be missing, or the copy in {torch.hub.get_dir()} be incomplete: "
-                            "then delete it") from error
+                            f"may be missing; or delete {torch.hub.get_dir()}'s copy") from error
     if not len(getattr(model, "blocks", ())) or getattr(model, "cls_token", None) is None:
         raise BackboneError(f"{name} is no vision transformer with a class token: it needs .blocks "
                             "and .cls_token")
@@ -185,8 +184,8 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
     """Write the class tokens of a dataset in fp16, a file for each layer and chunk of rows, of
     which `finish` makes layer_NN.npy. Goes on where it was interrupted: chunks that are there stay.
 
-    images  items are a tensor (3, H, W) and why it could not be read: "" where it could. Raises
-            ImageError where it could not; with skip_bad `finish` leaves its row out
+    images  each item is a pair: the image (3, H, W), and why it could not be read, "" if it could.
+            Raises ImageError for one that could not; with skip_bad `finish` leaves its row out
     rank    number of this process; it records each chunk whose number modulo `ranks` that is
 
     Raises BackboneError for a token that is not finite in fp16.
@@ -245,7 +244,7 @@ def finish(folder, layers):
         text = json.dumps(np.flatnonzero(bad).tolist())
         if noted.exists() and noted.read_text() != text:
             raise ImageError(f"other images could be read when earlier layers of {folder} were "
-                             "recorded: delete that folder")
+                             "recorded: delete that folder, and saes and scores")
         noted.write_text(text)
         _write(token_path(folder, layer), lambda file: np.save(file, tokens[~bad]))
         for part in parts:

@@ -183,15 +183,16 @@ class Scores(NamedTuple):
                "single_class": np.isnan(self.lch_height_between).sum()}
         for column in ("lch_height", "lch_height_pairwise", "lch_height_between", "coverage",
                        "match"):
-            values = getattr(self, column)
-            row[column] = mean_of(values[np.isfinite(values)])
+            row[column] = mean_of(getattr(self, column))
         return row | {"ontology_covered": self.ontology_covered, "hypernyms_lch": self.is_lch.sum(),
                       "hypernyms_matched": self.matched.sum()}
 
 
 def mean_of(values):
-    """NaN for none."""
-    return float(np.mean(values)) if len(values) else np.nan
+    """Of those that are not NaN; NaN for none."""
+    values = np.array(values, float)
+    values = values[~np.isnan(values)]
+    return values.mean() if len(values) else np.nan
 
 
 def hypernyms_to_find(tree):

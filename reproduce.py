@@ -1,11 +1,11 @@
 """Does DINOv2's class token, layer by layer, hold the ImageNet hierarchy? (after arXiv 2505.15970)
 
     python reproduce.py --layers all                    the built-in demo, minutes on a CPU
-    python reproduce.py --layers all --data tiny-imagenet-200 --backbone dinov2_vits14
+    python reproduce.py --layers all --data data/tiny-imagenet-200 --backbone dinov2_vits14
                                                         DINOv2 on photographs of 200 classes
     python reproduce.py --layers all --data imagenet    the paper's job: dinov2_vitg14, one GPU
 
-Four stages, each of which takes what is already in the output folder:
+Four stages; the first three take what is already in the output folder:
     1. images -> class tokens of every asked-for layer    tokens/{train,val}/layer_NN.npy
     2. class tokens -> one sparse autoencoder a layer     saes/<settings>-<hash>/layer_NN/
     3. latents -> reconstruction, probes, hierarchy       scores/<settings>-<hash>/layer_NN.json
@@ -49,38 +49,32 @@ from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
-PERMUTED = {"sae": 40, "neurons": 10, "untrained": 10}  # trees whose classes are permuted
+TREES = {"sae": 40, "neurons": 10, "untrained": 10}  # how many permuted trees
 MOST = 2**62
 SETTINGS = {  # name: default, or the type of what has none, or choices; help; limits
     "layers": ("all", "blocks, from 0: all, last, 0-11 or 3,7,11"),
-    "data": (str, "folder with train/ and val/ of wnid folders, or Kaggle's ImageNet; "
-             "Tiny ImageNet; demo ($IMAGENET_DIR, ./imagenet, else demo)"),
-    "backbone": (str, "entry point of the hub: dinov2_vits14, _vitb14, _vitl14, _vitg14, each also "
-                 "with _reg (dinov2_vitg14, the paper's)"),
+    "data": (str, "folder of images, as in README's Data ($IMAGENET_DIR, ./imagenet, else demo)"),
+    "backbone": (str, "of the hub: dinov2_vits14, _vitb14, _vitl14, or with _reg (dinov2_vitg14)"),
     "hub": (str, f"torch.hub repository, or a folder with a hubconf.py, whose code is run ({HUB})"),
-    "transform": (["model", "dinov2"], "of images: as the model's pretrained_cfg asks, if it has "
-                  "one, or DINOv2's"),
-    "precision": ([None, "float32", "float16", "bfloat16"], "of the forward pass (float16 on a "
-                  "GPU, else float32, or as tokens were recorded)"),
+    "transform": (["model", "dinov2"], "of images: as the model's pretrained_cfg asks, or DINOv2"),
+    "precision": ([None, "float32", "float16", "bfloat16"],
+                  "of the forward pass (float16 on a GPU, else float32; or as recorded)"),
     "out": (str, "output folder (runs/<data>-<backbone>)"),
     "expansion": (8, "SAE: latents per dimension of the token", 1, MOST),
     "activation": ("relu", "SAE: relu, the paper's, or topk-K, as topk-32"),
     "l1": (0.1, "SAE: λ, the weight of ‖z‖₁ in the loss"),
-    "inputs": (["centred", "raw"], "SAE: tokens minus their mean, or as they come; both over one "
-               "scalar"),
+    "inputs": (["centred", "raw"], "SAE: tokens minus their mean, or as they come"),
     "epochs": (50, "SAE: of training", 1, MOST),
     "batch-size": (int, "SAE: of training (4096; less, for at least 1,500 steps)", 1, MOST),
     "lr": (4e-4, "SAE: learning rate", 1e-12, MOST),
     "top-k": (16, "top images of a latent", 2, TOP // 2),
-    "response-rate": (0.5, "θ: a latent responds to a class if it fires on this share of its "
-                      "images", 1e-12, 1),
+    "response-rate": (0.5, "θ: a latent responds to a class at this firing rate", 1e-12, 1),
     "images-per-class": (int, "use no more training images of a class", 1, MOST),
     "skip-bad-images": (False, "go on without images that do not decode"),
-    "saes": (str, "USER/NAME: score published SAEs, of the Hub or a folder of layer_NN, instead of "
-             "training"),
-    "push-to-hub": (str, "USER/NAME: publish SAEs and results on Hugging Face"),
+    "saes": (str, "USER/NAME, or a folder of layer_NN: score these SAEs instead of training"),
+    "push-to-hub": (str, "USER/NAME: publish the first seed's SAEs and results on Hugging Face"),
     "device": ([None, "cuda", "cpu"], "cuda where there is one"),
-    "workers": (int, "processes that decode images (one for each CPU)"),
+    "workers": (int, "processes that decode images (one for each CPU, at most 16)"),
     "seed": (0, "of the SAEs"),
     "seeds": (1, "so many SAEs a layer, from --seed on", 1, MOST)}
 SCORING = [  # code on which scores depend, with `score_layer`
@@ -122,16 +116,11 @@ def parse_settings(argv=None):
 def trainings_of(settings, rows):
     """The settings of the SAEs, one for each seed."""
     largest = min(4096, max(16, rows * settings.epochs // 1500))  # small data needs small batches
-    batch_size = settings.batch_size or min(rows, 2 ** int(np.log2(largest)))
+    batch_size = settings.batch_size or min(rows // 2, 2 ** int(np.log2(largest)))
     return [Training(settings.expansion, settings.activation, settings.l1, settings.inputs,
                      settings.epochs, batch_size, settings.lr, seed,
                      fast_precision(settings.device))
             for seed in range(settings.seed, settings.seed + settings.seeds)]
-
-
-def name_of(training):
-    l1 = f"-l1_{training.l1:g}" if training.activation == "relu" else ""
-    return f"{training.activation}{l1}-{training.inputs}-seed_{training.seed}"
 
 
 # ---------------------------------------------------------------- stage 1
@@ -146,7 +135,7 @@ def check_tokens(settings, inputs, folder):
     tensors = inputs.model.state_dict().values()
     weights = sum(tensor.double().abs().sum().item() for tensor in tensors)
     about = {
-        "backbone": settings.backbone, "weights": f"{weights:.10g} in sum",
+        "backbone": settings.backbone, "hub": settings.hub, "weights": f"{weights:.10g} in sum",
         "images": f"{inputs.note} {fingerprint(inputs.train, inputs.val)}",
         "transform": str(inputs.transform),
         "precision": settings.precision or known.get("precision", precision)}
@@ -208,7 +197,8 @@ def jobs_of(settings, inputs, trainings, out, about):
     jobs = []
     for training in trainings:
         made_of = short_hash(about, training, code_of(HERE / "sae.py"))
-        folder = out / "saes" / f"{name_of(training)}-{made_of}"
+        name = f"{training.activation}-l1_{training.l1:g}-{training.inputs}-seed_{training.seed}"
+        folder = out / "saes" / f"{name}-{made_of}"
         newest = 0  # of the files of published SAEs
         if settings.saes:
             width = inputs.model.cls_token.shape[-1]
@@ -224,8 +214,8 @@ def jobs_of(settings, inputs, trainings, out, about):
 
 def train_saes(settings, jobs, tokens):
     """Stage 2: the SAE of each job, unless it is there."""
-    pending = [job for job in jobs if not job.sae.is_dir()]
-    for i, job in list(enumerate(pending, 1))[RANK::RANKS]:
+    pending = [job for job in jobs[RANK::RANKS] if not job.sae.is_dir()]
+    for i, job in enumerate(pending, 1):
         title = f"      layer {job.layer}, seed {job.training.seed} ({i} of {len(pending)})"
         buffer = ActivationBuffer(token_path(tokens / "train", job.layer), settings.device)
         about = {**asdict(job.training), "layer": job.layer, "backbone": settings.backbone}
@@ -253,24 +243,24 @@ def open_layer(train_path, val_path, labels, classes, device):
 def permuted_trees(tree):
     """The controls: one tree a draw, the same for all layers, dictionaries and seeds."""
     rng = np.random.default_rng(0)
-    return [tree.permuted(rng.permutation(len(tree.classes))) for _ in range(PERMUTED["sae"])]
+    return [tree.permuted(rng.permutation(len(tree.classes))) for _ in range(TREES["sae"])]
 
 
-def score_layer(about, sae, layer, labels, tree, controls, k, response_rate):
-    """Stage 3: the latents of a layer -> its rows of all tables, each of which begins with `about`:
-    the layer and the seed."""
+def score_layer(where, sae, layer, labels, tree, controls, k, response_rate):
+    """Stage 3: the latents of a layer -> its rows of the tables, which begin with `where`, the
+    layer and seed, and what claims and hypernyms.csv are made of over layers."""
     train, val, statistics, probe = layer
     C = len(tree.classes)
     rows = {"hierarchy": [], "relations": [], "probes": []}
     made = {"iou_draws": {}}
     mean = statistics.mean.float()
     sample = train.rows_at(slice(SAMPLE))  # rows are in random order
-    seed = (sae.about or {}).get("seed", about["seed"])
+    seed = (sae.about or {}).get("seed", where["seed"])
     for name, encode, probed in dictionaries_of(sae, sample, mean, seed):
         profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)
         responses = responses_of(profile, k, response_rate)
         scores = score_hierarchy(responses, tree)
-        permuted = [score_hierarchy(responses, other) for other in controls[: PERMUTED[name]]]
+        permuted = [score_hierarchy(responses, other) for other in controls[: TREES[name]]]
         by_tree, draws = hierarchy_rows(name, scores, permuted)
         rows["hierarchy"] += by_tree
         related = relate(encode, val.rows_at, profile, scores, tree, k)
@@ -289,7 +279,7 @@ def score_layer(about, sae, layer, labels, tree, controls, k, response_rate):
     gamma = statistics.mean.norm() / statistics.rms_deviation
     rows["layers"] = [{"width": train.width, "gamma": gamma, **quality._asdict()}]
     for name in rows:
-        made[name] = [{**about, **row} for row in rows[name]]
+        made[name] = [{**where, **row} for row in rows[name]]
     return made
 
 
@@ -303,8 +293,8 @@ def score_layers(settings, inputs, tokens, labels, jobs):
             layer = open_layer(*paths, labels, len(inputs.tree.classes), settings.device)
         for job in pending:
             sae = SparseAutoencoder.from_pretrained(job.sae).to(settings.device)
-            about = {"layer": n, "seed": job.training.seed}
-            made = score_layer(about, sae, layer, labels, inputs.tree, controls, settings.top_k,
+            where = {"layer": n, "seed": job.training.seed}
+            made = score_layer(where, sae, layer, labels, inputs.tree, controls, settings.top_k,
                                settings.response_rate)
             with write_aside(job.scores) as part:
                 part.write_text(to_json(made))
@@ -342,12 +332,12 @@ def tables_of(scores):
 def say_what_is_written(inputs, jobs, out):
     """Bytes to write and bytes free, and what lies there from other settings or code."""
     width = inputs.model.cls_token.shape[-1]
-    rows = len(inputs.train.names) + len(inputs.val.names)
-    tokens = 2 * width * rows * len(inputs.layers)
-    saes = 8 * jobs[0].training.expansion * width**2 * len(jobs)
-    there = [path for path in out.rglob("*") if path.suffix in (".npy", ".part", ".safetensors")]
-    done = sum(path.stat().st_size for path in there)
-    check_disk(out, max(0, tokens + saes - done), "class tokens and SAEs")
+    images = len(inputs.train.names) + len(inputs.val.names)
+    tokens = 2 * width * images * len(inputs.layers)
+    done = sum(path.stat().st_size for path in (out / "tokens").rglob("layer_*"))
+    missing = sum(not job.sae.is_dir() for job in jobs)
+    saes = 8 * jobs[0].training.expansion * width**2 * missing
+    check_disk(out, max(0, tokens - done) + saes)
     used = {path.parent for job in jobs for path in (job.sae, job.scores)}
     unused = {*(out / "saes").glob("*"), *(out / "scores").glob("*")} - used
     if unused:
@@ -371,8 +361,8 @@ def run(settings):
         about = check_tokens(settings, inputs, tokens)
         jobs = jobs_of(settings, inputs, trainings, out, about)
         if RANK == 0:
+            say_what_is_written(inputs, jobs, out)
             barrier()
-        say_what_is_written(inputs, jobs, out)
         print(f"[1/4] images -> class tokens ({about['precision']})")
         labels = record_tokens(settings, inputs, tokens, about)
         print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or trainings[0]}")
@@ -383,7 +373,7 @@ def run(settings):
         if RANK == 0:
             print("[4/4] scores -> tables, figures, report")
             record = {
-                "settings": vars(settings), "made_of": about, "training": asdict(trainings[0]),
+                "settings": vars(settings), "made_of": about, "saes": str(jobs[0].sae.parent),
                 "torch": torch.__version__, **tables_of(scores)}
             write_results(settings, inputs, out, jobs, record, labels["val_ids"])
             print(f"Done in {time.time() - start:.0f} s.")
@@ -393,7 +383,7 @@ def write_results(settings, inputs, out, jobs, record, ids):
     """Stage 4: tables, claims, figures and the report; the first seed's latents are shown."""
     saes = jobs[0].sae.parent
     shown = [(job.scores.parent.name, job.layer) for job in jobs]
-    folder = out / "results" / f"{name_of(jobs[0].training)}-{short_hash(shown)}"
+    folder = out / "results" / f"{saes.name}-{short_hash(shown)}"
     inputs.model.to(settings.device)  # for the maps
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
     with write_aside(folder) as part:

@@ -76,11 +76,11 @@ class Taxonomy:
     @classmethod
     def from_graph(cls, graph, wnids):
         """The part of `graph` (wnid -> Synset) at or above classes. Raises TaxonomyError for two
-        roots, and for a class given twice."""
+        roots, and for a class given twice; KeyError for a wnid that the graph lacks."""
         classes = list(wnids)
-        if len(set(classes)) < len(classes):
-            twice = next(wnid for wnid in classes if classes.count(wnid) > 1)
-            raise TaxonomyError(f"class {twice} is given twice")
+        for wnid in classes:
+            if classes.count(wnid) > 1:
+                raise TaxonomyError(f"class {wnid} is given twice")
         index = {}
         pending = classes.copy()
         while pending:

@@ -31,7 +31,7 @@ HUB = os.environ.get("HUB", HUB)
 LAYER = 11  # a block of the backbone, from 0
 IMAGES = 50  # of each class for training
 STEPS = 1500  # of the SAE's training
-OUT = ROOT / "walkthrough"
+OUT = ROOT / f"walkthrough/{Path(DATA).name}-{BACKBONE}-{IMAGES}"
 
 # %% [markdown]
 # ## 1. Class tokens

@@ -1,7 +1,8 @@
 """Verdicts on the claims, each beside what trees without kinship give.
 
 S is how much better a score is than its mean over permuted trees, with the sign that makes more
-hierarchy larger. Over several seeds all must agree, and the worst p or interval is shown. How often
+hierarchy larger. Growth and training are judged by an interval over seeds; in the other claims all
+seeds must agree, and the worst p or interval is shown. How often
 each verdict is wrong where the truth is known is in docs/results.md (tests/controls.py).
 """
 import numpy as np
@@ -19,7 +20,7 @@ SCORES = {  # columns of hierarchy.csv: name, and the sign that makes more hiera
 }
 MAIN = "lch_height_between"
 LAST_LESS_FIRST = "last third of layers less first"
-FEWEST_LAYERS = 4  # below these, nothing can be judged
+FEWEST_LAYERS = 4  # below these, no growth is judged
 FEWEST_SEEDS = 3
 FEWEST_CLASSES = 10
 T_QUANTILES = 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # 0.975, for 3 to 10 seeds
@@ -31,7 +32,7 @@ BY_CLASS = {  # columns of layers.csv as a ratio of two sums over classes
 
 
 def gather(scores, table, key):
-    """(L, S, ...) what all records hold, by layer and seed."""
+    """(L, S, ...) one entry of every record, by layer and seed."""
     layers = {layer for layer, _ in scores}
     values = np.array([record[table][key] for record in scores.values()], float)
     return values.reshape(len(layers), -1, *values.shape[1:])

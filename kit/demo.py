@@ -122,7 +122,7 @@ def train_vit(traits, normalise):
     generator = torch.Generator().manual_seed(2)
     vit = SmallViT()
     optimizer = torch.optim.AdamW(vit.parameters(), lr=5e-4, fused=True)
-    for _ in tqdm(range(STEPS), "      the demo's ViT", unit="step"):
+    for _ in tqdm(range(STEPS), "      the demo's ViT"):
         labels = torch.randint(len(traits), (BATCH,), generator=generator)
         images = normalise(draw(traits[labels], generator).float() / 255)
         loss = cross_entropy(vit(images), labels)

@@ -32,7 +32,7 @@ def publish(repo, saes, results, inputs, backbone):
     tables = (results / "tables.md").read_text(encoding="utf-8")
     card = CARD.format(repo=repo, title=backbone, note=inputs.note, tables=tables,
                        layer=layer_name(inputs.layers[-1]))
-    (saes / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    (saes / "README.md").write_text(card, encoding="utf-8")
     api = HfApi()
     api.create_repo(repo, exist_ok=True)
     wanted = ["README.md", *(f"layer_*/{file}" for file in SAE_FILES)]
@@ -53,12 +53,13 @@ def find_saes(source, layers, width, backbone):
     for name in names:
         try:
             sae = SparseAutoencoder.from_pretrained(folder, subfolder=name)
+            sae.encode(sae.b_dec[None])
+            trained_on = (sae.about or {}).get("backbone", "an unknown backbone")
         except Exception as error:  # what a file from elsewhere may hold
             raise InputError(f"--saes {source}: {name} is no SAE of this kit ({error})") from error
         if len(sae.b_dec) != width:
             raise InputError(f"--saes {source}: {name} is for tokens of width {len(sae.b_dec)}, "
                              f"not {width}")
-        trained_on = (sae.about or {}).get("backbone", "an unknown backbone")
         if trained_on != backbone:
             print(f"      {name} was trained on {trained_on}, and is scored on {backbone}")
     return folder

@@ -13,7 +13,7 @@ from taxonomy import Taxonomy
 
 
 class Inputs(NamedTuple):
-    """What a run works on, found before anything is written."""
+    """What a run works on, found before anything is computed."""
 
     model: object
     transform: object
@@ -34,7 +34,6 @@ def where_to(settings):
                              "ViT)")
         settings.data = "demo"
         settings.backbone = "demo"
-        settings.hub = "built in"
         return Path(settings.out or "runs/demo")
     settings.data = data
     settings.hub = settings.hub or HUB
@@ -62,7 +61,6 @@ def find_inputs(settings, out):
     if settings.data != "demo":
         model = load_backbone(settings.backbone, settings.hub)
         transform = transform_of(model) if settings.transform == "model" else eval_transform()
-        print(f"      images: {' '.join(str(transform).split())}")
     layers = parse_layers(settings.layers, len(blocks_of(model)))
     top_k_of(settings.activation, settings.expansion * model.cls_token.shape[-1])  # or raises
     return Inputs(model, transform, train, val, tree, layers, note)

@@ -141,5 +141,5 @@ def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
                 "dictionary": dictionary if count else "token",
                 "units": count or train.width, "tree": name,
                 "iou": mean_of(iou[large]), "iou_small": mean_of(iou[~large]),
-                "above_half": (iou > 0.5).sum(), "best": iou.max()})
+                "above_half": (iou > 0.5).sum(), "best": np.nanmax(iou)})
     return rows, one_unit

@@ -25,7 +25,6 @@ def readings(profile, tree, scores):
         lch = tree.lch(responds["top images"].cpu())
         for name, height in heights.items():
             pairs, between = over_pairs(top, height[tree.pair_lch])
-            between = between[np.isfinite(between)]
             values["height", f"{name}, of the set, k = {k}"] = mean_of(height[lch])
             values["height", f"{name}, over pairs, k = {k}"] = mean_of(pairs)
             values["height", f"{name}, between classes, k = {k}"] = mean_of(between)

@@ -105,16 +105,14 @@ class Latents:
 
 
 def emergence_map(rows, layers):
-    """HTML: the hypernyms in the colour of the layer in which each emerges; a click leads to its
+    """HTML: hypernyms in the colour of the layer in which each emerges; a click leads to its
     latent."""
     html = ""
     for row in rows:
         layer = row["emergence_layer"]
-        colour = "#eee"
-        if layer is not None:
-            colour = f"hsl({240 - 190 * layers.index(layer) / len(layers):.0f} 60% 75%)"
-        html += (f'<a style="background:{colour}" href="#{row["wnid"]}">'
-                 f"{display_name(row['name'])}: {'–' if layer is None else layer}</a>\n")
+        hue = 240 - 190 * layers.index(layer) / len(layers)
+        html += (f'<a style="background:hsl({hue:.0f} 60% 75%)" href="#{row["wnid"]}">'
+                 f"{display_name(row['name'])}: {layer}</a>\n")
     return html
 
 
@@ -140,14 +138,14 @@ def write(folder, title, inputs, record, sae_folder, ids):
                          "found in some layer.")
     latents = Latents(inputs, record["settings"]["top_k"], sae_folder, ids)
     best = {}
-    for row in sorted(matched, key=lambda row: row["match"]):
-        best[row["best_layer"], row["best_latent"]] = row  # each latent once
-    opened = list(best.values())[-OPEN:]
+    for row in sorted(matched, key=lambda row: -row["match"]):
+        best.setdefault((row["best_layer"], row["best_latent"]), row)  # each latent once
+    opened = list(best.values())[:OPEN]
     others = [row for row in matched if row not in opened]
     parts = {
         "title": escape(title), "note": inputs.note, "whose": escape(whose),
         "answer": "".join(f"<p>{escape(text)}</p>" for text in sentences),
-        "map": emergence_map(rows, inputs.layers),
+        "map": emergence_map(matched, inputs.layers),
         "latents": "".join(latents.section(row, TILES) for row in opened),
         "folded": "".join(latents.section(row, FEW) for row in others),
         "why_no_maps": escape(latents.why_no_maps)}
@@ -165,8 +163,7 @@ def printed(sentences, claims):
     lines = [textwrap.fill(text, 79) + "\n" for text in sentences]
     lines.append("✓ holds  ○ open  ✗ contradicted  – not tested")
     for row in claims:
-        text = f"{MARKS.get(row['verdict'], '–')} {row['claim']}: {cell(row['value'])}"
-        if row["permuted"] is not None:
-            text += f" (permuted {cell(row['permuted'])})"
-        lines.append(f"{text}, {row['verdict']}")
+        beside = "" if row["permuted"] is None else f" (permuted {cell(row['permuted'])})"
+        mark = MARKS.get(row["verdict"], "–")
+        lines.append(f"{mark} {row['claim']}: {cell(row['value'])}{beside}, {row['verdict']}")
     return "\n" + "\n".join(lines)

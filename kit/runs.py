@@ -60,7 +60,7 @@ def to_json(content):
 @contextmanager
 def write_aside(path):
     """Yields PATH.RANK.part, to write a file or folder there. At the end it takes the place of
-    PATH, which is there or is not, whenever the run is killed."""
+    PATH, which so is never half-written."""
     part = path.with_name(f"{path.name}.{RANK}.part")
     shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +86,11 @@ def lock(out):
         yield
 
 
-def check_disk(folder, needed, what):
+def check_disk(folder, needed):
     """Say what is to be written and what is free; raises InputError where it does not fit."""
     free = shutil.disk_usage(folder).free
     about = f"{needed / 1e9:.2f} GB to write to {folder}, {free / 1e9:.2f} GB free"
-    print(f"      {what}: {about}")
+    print(f"      {about}")
     if needed > free:
         raise InputError(f"not enough disk: {about}; make room there, or give another --out or "
                          "fewer --layers")
@@ -109,8 +109,8 @@ def barrier():
 
 
 def start_ranks(device):
-    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise InputError("RANK is set but WORLD_SIZE is not: start with torchrun, or unset RANK")
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise InputError("only one of RANK and WORLD_SIZE is set: start with torchrun, or unset it")
     if RANKS > 1:
         local = int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
@@ -131,7 +131,7 @@ def sentence_of(error):
     memory = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, MemoryError) or any(words in str(error) for words in memory):
         return ("out of memory: lower --batch-size or --expansion, choose a smaller --backbone, or "
-                "give --device cpu; what is done is kept")
+                "give --device cpu; class tokens are kept")
     if "no kernel image" in text:
         return ("this PyTorch has no kernels for this GPU: install a build that has, see "
                 "pytorch.org/get-started, or give --device cpu")

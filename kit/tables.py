@@ -1,6 +1,7 @@
 """What a run found: tables (CSV, Markdown, JSON) and sentences made from their numbers."""
 import csv
 import itertools
+import json
 
 import numpy as np
 
@@ -8,7 +9,6 @@ from kit.claims import MAIN, SCORES
 from kit.rows import values_of
 from kit.runs import to_json
 
-TABLES = ("layers hierarchy probes relations hypernyms latents consistency claims readings").split()
 MARKS = {"holds": "✓", "open": "○", "contradicted": "✗"}  # else –
 
 
@@ -28,7 +28,7 @@ def markdown(rows):
 def over_seeds(values):
     """mean ± standard deviation; the mean alone where all agree."""
     spread = np.std(values)
-    text = f"{np.mean(values):.3g}"
+    text = cell(np.mean(values))
     return f"{text} ± {spread:.3g}" if spread > 1e-6 else text
 
 
@@ -62,8 +62,9 @@ def findings(tables, layers):
         return f"{mean(MAIN, *where):.3g} (permuted {mean(MAIN, *where, tree='permuted'):.3g})"
 
     main, grows = tables["claims"][:2]
-    answer = {"holds": "the hierarchy is there", "contradicted": "kin lie further apart"}
-    answer = answer.get(main["verdict"], "it cannot be told from chance")
+    answer = {"holds": "the hierarchy is there", "open": "it cannot be told from chance",
+              "contradicted": "related classes lie further apart than by chance"}
+    answer = answer.get(main["verdict"], main["verdict"])
     sentences = [
         f"Two of a latent's top images, of different classes, meet {main['value']:.3g} edges up in "
         f"the last layer, {main['permuted']:.3g} under permuted trees (p = {main['p_value']:.2g}): "
@@ -89,12 +90,12 @@ def findings(tables, layers):
 def write_tables(folder, title, note, tables, layers):
     """Every table as CSV, those for reading as tables.md, all as results.json. Returns the tables
     for reading, by name, and the findings."""
-    for name in TABLES:
-        rows = tables[name]
-        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0] if rows else [])
-            writer.writeheader()
-            writer.writerows(rows)
+    for name, rows in json.loads(to_json(tables)).items():
+        if rows and isinstance(rows, list):
+            with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
     shown = {"claims": tables["claims"], "by_layer": by_layer(tables, layers)}
     sentences = findings(tables, layers)
     text = [f"# {title}", note, *sentences]

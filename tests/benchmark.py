@@ -89,8 +89,8 @@ def score(quick):
         controls = reproduce.permuted_trees(tree)
         start = time.perf_counter()
         with mock.patch("reproduce.dictionaries_of", dictionaries):
-            about = {"layer": 0, "seed": 0}
-            reproduce.score_layer(about, sae, layer, labels, tree, controls, 16, 0.5)
+            where = {"layer": 0, "seed": 0}
+            reproduce.score_layer(where, sae, layer, labels, tree, controls, 16, 0.5)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(

@@ -78,9 +78,9 @@ def claims_of_world(world, seed, layers=6, seeds=3, epochs=25, classes=100):
             layer = reproduce.open_layer(*paths, labels, len(tree.classes), "cpu")
             for training in trainings:
                 sae = train_sae(layer[0], training, layer[2], {"seed": training.seed}, title=None)
-                about = {"layer": n, "seed": training.seed}
+                where = {"layer": n, "seed": training.seed}
                 scores[n, training.seed] = reproduce.score_layer(
-                    about, sae, layer, labels, tree, controls, k=16, response_rate=0.5
+                    where, sae, layer, labels, tree, controls, k=16, response_rate=0.5
                 )
         return json.loads(to_json(reproduce.tables_of(scores)["claims"]))
 

@@ -87,7 +87,7 @@ def test_rank_correlation_closed_forms():
 @pytest.fixture
 def few_trees(monkeypatch):
     """As few as a p of 0.05 allows."""
-    monkeypatch.setattr(reproduce, "PERMUTED", {"sae": 19, "neurons": 2, "untrained": 2})
+    monkeypatch.setattr(reproduce, "TREES", {"sae": 19, "neurons": 2, "untrained": 2})
     quick = functools.partial(linear_probe, least_steps=300)
     monkeypatch.setattr(reproduce, "linear_probe", quick)
     monkeypatch.setattr("kit.readings.TOP", (16,))

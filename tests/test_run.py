@@ -255,7 +255,7 @@ def test_layers_and_batch_sizes():
     def batch_size(rows, epochs=50):
         return trainings_of(parse_settings(["--epochs", str(epochs)]), rows)[0].batch_size
 
-    assert batch_size(1_281_167) == 4096 and batch_size(20_000) == 512 and batch_size(9) == 9
+    assert batch_size(1_281_167) == 4096 and batch_size(20_000) == 512 and batch_size(9) == 4
 
 
 @pytest.mark.parametrize(
