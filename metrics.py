@@ -318,8 +318,9 @@ def relate(encode, read, profile, scores, tree, k=16):
         fires = (encode(read(top)) > 0)[:, latents].cpu().T.float()  # (M, k)
         others = counts.index_add(1, classes, fires, alpha=-1)  # without the top images
         left = profile.images.sum(0).cpu() - torch.bincount(classes, minlength=counts.shape[1])
-        share[:, v] = fires.mean(1)
-        expected[:, v] = (others / left)[:, classes].nanmean(1)  # NaN: no other image of a class
+        share[:, v] = fires.mean(1).numpy()
+        rates = (others / left)[:, classes]  # NaN: no other image of a class
+        expected[:, v] = rates.nanmean(1).numpy()
     common = leaves @ leaves.T  # (M, M) classes of both
     size = leaves.sum(1)
     different = latents[:, None] != latents
