@@ -1,9 +1,6 @@
-"""How long the kit's two costly parts take.
+"""How long the scores of one layer and seed take at the paper's size, and how much memory.
 
-    python tests/benchmark.py train     a training step of the SAE at several sizes
-    python tests/benchmark.py score     scores of one layer and seed at the paper's size
-
-Steps are medians of interleaved rounds. --quick: small shapes, to see that it runs.
+python tests/benchmark.py [--quick]         --quick: small shapes, to see that it runs
 """
 
 import os
@@ -23,28 +20,10 @@ from conftest import imagenet1k
 import metrics
 import reproduce
 from kit import probes
-from sae import ActivationBuffer, Training, fast_precision, new_sae, train_sae
+from sae import Training, new_sae
 from taxonomy import Taxonomy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def train(quick):
-    for n, B in [(16, 32)] if quick else [(192, 512), (384, 1024), (768, 1024), (1536, 4096)]:
-        with tempfile.TemporaryDirectory() as folder:
-            np.save(f"{folder}/x.npy", np.random.randn(4 * B, n).astype(np.float16))
-            buffer = ActivationBuffer(f"{folder}/x.npy", DEVICE)
-            statistics = buffer.statistics()
-            seconds = {}
-            for _ in range(1 if quick else 5):
-                for precision in ("float32", "bfloat16"):
-                    start = time.perf_counter()
-                    training = Training(epochs=2, batch_size=B, precision=precision)
-                    train_sae(buffer, training, statistics, title=None)
-                    seconds.setdefault(precision, []).append((time.perf_counter() - start) / 8)
-        for precision, times in seconds.items():
-            print(f"{n} -> {8 * n}, batch {B}, {precision}: {1e3 * np.median(times):.1f} ms a step")
-    print(f"taken here: {fast_precision(DEVICE)}")
 
 
 def write_tokens(path, labels, codes, rng):
@@ -104,4 +83,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} cores"
     print(f"{card}, torch {torch.__version__}")
-    {"train": train, "score": score}[sys.argv[1]]("--quick" in sys.argv)
+    score("--quick" in sys.argv)

@@ -14,8 +14,7 @@ import reproduce
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["benchmark.py", "train", "--quick"], "ms a step"),
-        (["benchmark.py", "score", "--quick"], "without encoding"),
+        (["benchmark.py", "--quick"], "without encoding"),
         (["paper_cost.py"], "H100: class tokens"),
         (["controls.py", "flat", "0"], ""),
     ],
