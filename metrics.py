@@ -217,7 +217,7 @@ class Responses(NamedTuple):
     shown_A: Tensor  # (A, C) as shown, by half A's own top images, on which it fires
     responds_A: Tensor  # (A, C)
     responds_B: Tensor  # (A, C)
-    halved: Tensor  # (C,) 1 for a class of two images or more: in both halves
+    in_both_halves: Tensor  # (C,) 1 for a class of two images or more: in both halves
 
 
 @torch.inference_mode()
@@ -234,11 +234,11 @@ def responses_of(profile, k=16, response_rate=0.5):
     images = torch.cat([profile.images.sum(0, keepdim=True), profile.images])
     rates = counts / images.clamp(min=1)[:, None]
     responds, responds_A, responds_B = (rates >= response_rate).float()
-    halved = (profile.images.amin(0) > 0).float()
+    in_both_halves = (profile.images.amin(0) > 0).float()
     shown = empty.scatter_add(1, top, torch.ones_like(top, dtype=torch.float32))
     shown_A = empty.scatter_add(1, classes, in_A.float())
-    return Responses(latents, top, shown, responds, shown_A * halved, responds_A * halved,
-                     responds_B, halved)
+    return Responses(latents, top, shown, responds, shown_A * in_both_halves,
+                     responds_A * in_both_halves, responds_B, in_both_halves)
 
 
 def over_pairs(top, value):
@@ -276,7 +276,7 @@ def score_hierarchy(responses, tree):
     several = jaccard(responses.responds, leaves_of(tree, tree.hypernyms, device)).amax(1)
 
     nodes = hypernyms_to_find(tree)
-    leaves = leaves_of(tree, nodes, device) * responses.halved  # (H, C)
+    leaves = leaves_of(tree, nodes, device) * responses.in_both_halves  # (H, C)
     shows = responses.shown_A @ leaves.T > responses.shown_A.sum(1, keepdim=True) / 2
     match_A = jaccard(responses.responds_A, leaves) * shows  # (A, H)
     match_B = jaccard(responses.responds_B, leaves)
@@ -367,9 +367,9 @@ class Reconstruction(NamedTuple):
 @torch.inference_mode()
 def reconstruct(sae, batches, labels, classes, probe):
     """(Reconstruction, sums by class, (C,) each: images, correct on x, error ‖x - x̂‖², squares
-    ‖x‖², active latents, right on x̂). probe: (B, n) -> logits (B, C), as of `linear_probe`."""
+    ‖x‖², active latents, recovered: correct on x̂). probe: (B, n) -> logits (B, C)."""
     labels = as_labels(labels, len(labels))
-    names = "images", "correct", "error", "squares", "active", "right"
+    names = "images", "correct", "error", "squares", "active", "recovered"
     sums = torch.zeros(len(names), classes, dtype=torch.float64)
     N = 0
     total = 0
@@ -377,18 +377,18 @@ def reconstruct(sae, batches, labels, classes, probe):
     for x in batches:
         x_hat, z = sae(x)
         here = labels[N : N + len(x)]
-        correct, right = (probe(each.float()).argmax(1).cpu() == here for each in (x, x_hat))
+        correct, recovered = (probe(each.float()).argmax(1).cpu() == here for each in (x, x_hat))
         x = x.double()
         of_images = [torch.ones(len(x)), correct, (x - x_hat).square().sum(1), x.square().sum(1),
-                     (z > 0).sum(1), right]
+                     (z > 0).sum(1), recovered]
         sums.index_add_(1, here, torch.stack([each.cpu().double() for each in of_images]))
         alive = alive + (z > 0).sum(0)
         total = total + x.sum(0)
         N = N + len(x)
-    _, correct, error, squares, active, right = sums.sum(1)
+    _, correct, error, squares, active, recovered = sums.sum(1)
     variance = squares - (total.square().sum() / N).cpu()
     dead = (alive == 0).double().mean()
-    values = correct / N, right / N, error / squares, error / variance, active / N, dead
+    values = correct / N, recovered / N, error / squares, error / variance, active / N, dead
     return Reconstruction(*map(float, values)), dict(zip(names, sums))
 
 

@@ -124,21 +124,21 @@ def images_by_class(folder):
 def flat_images(val):
     """wnid -> images of a flat val folder, by the list in or above it."""
     lists = [folder / name for folder in (val, *list(val.absolute().parents)[:4]) for name in LISTS]
-    given = next((path for path in lists if path.is_file()), None)
+    class_list = next((path for path in lists if path.is_file()), None)
     folder = val / "images" if (val / "images").is_dir() else val
     names = sorted(filter(is_image, os.listdir(folder)))
-    if given is None:
+    if class_list is None:
         raise InputError(f"{val} holds {len(names)} images in no class folders, and there is no "
                          f"{' or '.join(LISTS)} in or above it that gives their classes; {SORTED}")
     labels = {}
-    text = given.read_text(encoding="utf-8-sig", errors="replace")
+    text = class_list.read_text(encoding="utf-8-sig", errors="replace")
     for name, wnid in re.findall(r"^([^,\t\n]+)[,\t](n\d{8})\b", text, re.MULTILINE):
         labels[Path(name).stem] = wnid
     classes = {}
     for name in names:
         if Path(name).stem not in labels:
-            raise InputError(f"{folder / name} has no label in {given}: an image and its wnid in "
-                             "each line")
+            raise InputError(f"{folder / name} has no label in {class_list}: an image and its "
+                             "wnid in each line")
         image = os.path.relpath(folder / name, val)
         classes.setdefault(labels[Path(name).stem], []).append(image)
     return classes

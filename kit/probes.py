@@ -130,8 +130,8 @@ def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
         large = ~large
     draws = class_draws(C)
     rows = []
-    for name, one in (("wordnet", tree), ("permuted", permuted)):
-        leaves = leaves_of(one, hypernyms_to_find(one))
+    for name, this_tree in (("wordnet", tree), ("permuted", permuted)):
+        leaves = leaves_of(this_tree, hypernyms_to_find(this_tree))
         for count, hits in hypernym_probes(units, leaves, counts).items():
             drawn = iou_of(hits, images, leaves, draws)  # (H, 1 + D)
             if (name, count) == ("wordnet", 1):

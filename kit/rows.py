@@ -54,11 +54,11 @@ def emergence_rows(layers):
     matched, and its best latent in any layer."""
     merged = []
     for rows in zip(*layers.values()):
-        found = dict(zip(layers, rows))
-        matched = [layer for layer, row in found.items() if row["matched"]]
-        shown = [layer for layer, row in found.items() if row["best_latent"] is not None]
-        layer = max(matched or shown, key=lambda n: found[n]["match"], default=None)
-        merged.append({**found.get(layer, rows[0]), "best_layer": layer,
+        by_layer = dict(zip(layers, rows))
+        matched = [layer for layer, row in by_layer.items() if row["matched"]]
+        shown = [layer for layer, row in by_layer.items() if row["best_latent"] is not None]
+        layer = max(matched or shown, key=lambda n: by_layer[n]["match"], default=None)
+        merged.append({**by_layer.get(layer, rows[0]), "best_layer": layer,
                        "emergence_layer": min(matched, default=None)})
     return merged
 
