@@ -128,8 +128,7 @@ def sort_rows(values):
 
 
 @torch.no_grad()
-def dictionaries_of(sae, tokens, mean,
-                    seed):
+def dictionaries_of(sae, tokens, mean, seed):
     """The SAE and two baselines that differ from it in training alone: raw neurons (each coordinate
     and its negative) and an untrained SAE (the random directions that training began with). Each as
     (name, encoder, encoder for the hypernym probe: neurons are then signed, not thresholded).

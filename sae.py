@@ -205,8 +205,7 @@ def new_sae(statistics, settings, about=None):
     return sae
 
 
-def train_sae(buffer, settings, statistics=None,
-              about=None, title="SAE"):
+def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
     """Train one SAE; the same buffer and settings give the same weights. title: of the progress
     bar; None shows none.
 

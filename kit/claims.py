@@ -2,8 +2,8 @@
 
 S is how much better a score is than its mean over permuted trees, with the sign that makes more
 hierarchy larger. Growth and training are judged by an interval over seeds; in the other claims all
-seeds must agree, and the worst p or interval is shown. How often
-each verdict is wrong where the truth is known is in docs/results.md (tests/controls.py).
+seeds must agree, and the worst p or interval is shown. How often each verdict is wrong where the
+truth is known is in docs/results.md (tests/controls.py).
 """
 import numpy as np
 

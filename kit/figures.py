@@ -19,7 +19,7 @@ PANELS = {  # columns of layers.csv
     "nmse": "reconstruction error (NMSE)", "fvu": "variance unexplained (FVU)"}
 
 
-def by_layer(axis, ylabel, layers):
+def label_layers(axis, ylabel, layers):
     axis.set_xticks(layers[:: -(-len(layers) // 12)])  # at layers that were run
     axis.set(xlabel="layer", ylabel=ylabel)
 
@@ -49,7 +49,7 @@ def draw_hierarchy(figure, tables, layers):
     where = {"dictionary": "sae", "tree": "permuted_sd"}
     spread = [values_of(rows, MAIN, layer=layer, **where).mean() for layer in layers]
     band(axis, layers, mean, 2 * np.array(spread), "0.4")
-    by_layer(axis, "LCH height between classes, edges (↓ more specific)", layers)
+    label_layers(axis, "LCH height between classes, edges (↓ more specific)", layers)
     axis.legend(fontsize=9)
 
 
@@ -68,7 +68,7 @@ def draw_probes(figure, tables, layers):
         few.axhline(token[-1], color="black", linestyle=dash.get("linestyle"))
     few.set(xlabel=f"units of the probe, layer {layers[-1]}", ylabel="IoU with the hypernym",
             xscale="log", xticks=UNITS, xticklabels=UNITS, ylim=(0, None))
-    by_layer(depth, "IoU of one unit, and of the token (dashed: permuted)", layers)
+    label_layers(depth, "IoU of one unit, and of the token (dashed: permuted)", layers)
     depth.legend(fontsize=8)
 
 
@@ -76,7 +76,7 @@ def draw_layers(figure, tables, layers):
     """How much class information the token holds, and how easy it is to auto-encode."""
     for axis, column in zip(figure.subplots(2, 2).flat, PANELS):
         line(axis, tables["layers"], column, STYLES["sae"], layers)
-        by_layer(axis, PANELS[column], layers)
+        label_layers(axis, PANELS[column], layers)
 
 
 def draw(folder, tables, layers):

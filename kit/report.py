@@ -20,6 +20,8 @@ OPEN = 12  # latents shown open
 TILES = 16  # of each of these
 FEW = 4  # of each of the others
 SIDE = 112  # of a tile, in pixels
+
+
 def display_name(synset):
     """dog.n.01 -> dog; of a further sense with its number, as crane (4)."""
     name, _, number = synset.rsplit(".", 2)
@@ -54,7 +56,8 @@ class Latents:
         name = display_name(row["name"])
         under = self.inputs.tree.leaves[self.inputs.tree.wnids.index(row["wnid"])]  # (C,) bool
         top = self.labels[row["top_images"][: self.k]]
-        inside, outside = ([], [])
+        inside = []
+        outside = []
         for c in row["responds_to"]:
             (inside if under[c] else outside).append(self.names[c])
         return (

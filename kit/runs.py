@@ -60,7 +60,7 @@ def to_json(content):
 @contextmanager
 def write_aside(path):
     """Yields PATH.RANK.part, to write a file or folder there. At the end it takes the place of
-    PATH, which so is never half-written."""
+    PATH, which is therefore never half-written."""
     part = path.with_name(f"{path.name}.{RANK}.part")
     shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
