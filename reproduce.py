@@ -14,6 +14,7 @@ Four stages; the first three take what is already in the output folder:
 torchrun --nproc-per-node 8 reproduce.py ...  shares images, layers and seeds among eight GPUs.
 """
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -40,6 +41,7 @@ from kit.inputs import find_inputs, where_to
 from kit.probes import probe_rows
 from kit.readings import reading_rows
 from kit.rows import emergence_rows, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
+from kit.tables import write_csv
 from kit.runs import (RANK, RANKS, InputError, barrier, check_disk, code_of, lock, plain_streams,
                       run_as_command, short_hash, to_json, write_aside)
 from metrics import (SAMPLE, TOP, dictionaries_of, kappa, linear_probe, profile_latents,
@@ -50,58 +52,57 @@ from taxonomy import TaxonomyError
 HERE = Path(__file__).resolve().parent
 VAL_BATCH = 2048  # tokens scored at once
 TREES = {"sae": 40, "neurons": 10, "untrained": 10}  # how many permuted trees
-MOST = 2**62
-SETTINGS = {  # name: default, or the type of what has none, or choices; help; limits
-    "layers": ("all", "blocks, from 0: all, last, 0-11 or 3,7,11"),
-    "data": (str, "folder of images, as in README's Data ($IMAGENET_DIR, ./imagenet, else demo)"),
-    "backbone": (str, "of the hub: dinov2_vits14, _vitb14, _vitl14, or with _reg (dinov2_vitg14)"),
-    "hub": (str, f"torch.hub repository, or a folder with a hubconf.py, whose code is run ({HUB})"),
-    "transform": (["model", "dinov2"], "of images: as the model's pretrained_cfg asks, or DINOv2"),
-    "precision": ([None, "float32", "float16", "bfloat16"],
-                  "of the forward pass (float16 on a GPU, else float32; or as recorded)"),
-    "out": (str, "output folder (runs/<data>-<backbone>)"),
-    "expansion": (8, "SAE: latents per dimension of the token", 1, MOST),
-    "activation": ("relu", "SAE: relu, the paper's, or topk-K, as topk-32"),
-    "l1": (0.1, "SAE: λ, the weight of ‖z‖₁ in the loss"),
-    "inputs": (["centred", "raw"], "SAE: tokens minus their mean, or as they come"),
-    "epochs": (50, "SAE: of training", 1, MOST),
-    "batch-size": (int, "SAE: of training (4096; less, for at least 1,500 steps)", 1, MOST),
-    "lr": (4e-4, "SAE: learning rate", 1e-12, MOST),
-    "top-k": (16, "top images of a latent", 2, TOP // 2),
-    "response-rate": (0.5, "θ: a latent responds to a class at this firing rate", 1e-12, 1),
-    "images-per-class": (int, "use no more training images of a class", 1, MOST),
-    "skip-bad-images": (False, "go on without images that do not decode"),
-    "saes": (str, "USER/NAME, or a folder of layer_NN: score these SAEs instead of training"),
-    "push-to-hub": (str, "USER/NAME: publish the first seed's SAEs and results on Hugging Face"),
-    "device": ([None, "cuda", "cpu"], "cuda where there is one"),
-    "workers": (int, "processes that decode images (one for each CPU, at most 16)"),
-    "seed": (0, "of the SAEs"),
-    "seeds": (1, "so many SAEs a layer, from --seed on", 1, MOST)}
 SCORING = [  # code on which scores depend, with `score_layer`
     "sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
+
+
+def number(kind, least, most=2**62):
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: give a number from {least} to {most}")
+        return value
+    return parse
 
 
 def parse_settings(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, allow_abbrev=False)
-    for name, (default, text, *_) in SETTINGS.items():
-        if isinstance(default, list):
-            more = {"default": default[0], "choices": list(filter(None, default))}
-        elif isinstance(default, type):
-            more = {"type": default}
-        elif default is False:
-            more = {"action": "store_true"}
-        else:
-            more = {"default": default, "type": type(default)}
-            text = f"{text} ({default})"
-        parser.add_argument(f"--{name}", help=text, **more)
+    add = parser.add_argument
+    count = number(int, 1)
+    add("--layers", default="all", help="blocks, from 0: all, last, 0-11 or 3,7,11 (%(default)s)")
+    add("--data", help="folder of images, see README ($IMAGENET_DIR, ./imagenet, else the demo)")
+    add("--backbone", help="dinov2_vits14, _vitb14, _vitl14, or with _reg (dinov2_vitg14)")
+    add("--hub", help=f"torch.hub repository, or a folder with a hubconf.py, and runs it ({HUB})")
+    add("--transform", default="model", choices=["model", "dinov2"],
+        help="of images: as the model's pretrained_cfg asks, or DINOv2's (%(default)s)")
+    add("--precision", choices=["float32", "float16", "bfloat16"],
+        help="of the forward pass (float16 on a GPU, else float32; or as recorded)")
+    add("--out", help="output folder (runs/<data>-<backbone>)")
+    # the SAEs and their training
+    add("--expansion", type=count, default=8, help="latents per dimension (%(default)s)")
+    add("--activation", default="relu", help="relu, the paper's, or topk-K, as topk-32")
+    add("--l1", type=number(float, 0), default=0.1, help="λ, the weight of ‖z‖₁ (%(default)s)")
+    add("--inputs", default="centred", choices=["centred", "raw"],
+        help="tokens minus their mean, or as they come (%(default)s)")
+    add("--epochs", type=count, default=50, help="of an SAE's training (%(default)s)")
+    add("--batch-size", type=count, help="of training (4096; less, for at least 2,000 steps)")
+    add("--lr", type=number(float, 1e-12), help="learning rate (3.5 / √(latents x steps))")
+    add("--seed", type=number(int, 0), default=0, help="of the SAEs (%(default)s)")
+    add("--seeds", type=count, default=1, help="SAEs per layer, from --seed on (%(default)s)")
+    add("--saes", help="USER/NAME, or a folder of layer_NN: score these instead of training")
+    # scores, and how the run goes about it
+    add("--top-k", type=number(int, 2, TOP // 2), default=16,
+        help="top images of a latent (%(default)s)")
+    add("--response-rate", type=number(float, 1e-12, 1), default=0.5,
+        help="θ: a latent responds to a class at this firing rate (%(default)s)")
+    add("--images-per-class", type=count, help="use no more training images of a class")
+    add("--skip-bad-images", action="store_true", help="go on without images that do not decode")
+    add("--push-to-hub", help="USER/NAME: publish the first seed's SAEs and results")
+    add("--device", choices=["cuda", "cpu"], help="(cuda if there is one)")
+    add("--workers", type=number(int, 0), help="that decode images (one per CPU, at most 16)")
     settings = parser.parse_args(argv)
-    for name, (_, _, *limits) in SETTINGS.items():
-        value = getattr(settings, name.replace("-", "_"))
-        least, most = limits or (0, MOST)
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            parser.error(f"--{name} {value}: give a number from {least} to {most}")
     if not re.fullmatch(r"all|last|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", settings.layers):
         parser.error(f"--layers {settings.layers}: give all, last, a range 0-11 or a list 3,7,11")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -115,7 +116,7 @@ def parse_settings(argv=None):
 
 def trainings_of(settings, rows):
     """The settings of the SAEs, one for each seed."""
-    largest = min(4096, max(16, rows * settings.epochs // 1500))  # small data needs small batches
+    largest = min(4096, max(16, rows * settings.epochs // 2000))  # small data needs small batches
     batch_size = settings.batch_size or min(rows // 2, 2 ** int(np.log2(largest)))
     return [Training(settings.expansion, settings.activation, settings.l1, settings.inputs,
                      settings.epochs, batch_size, settings.lr, seed,
@@ -225,6 +226,7 @@ def train_saes(settings, jobs, tokens):
             raise SAEError(f"layer {job.layer}: {error}") from error
         with write_aside(job.sae) as part:
             sae.cpu().save_pretrained(part)
+            write_csv(part / "training.csv", sae.history)
     barrier()
 
 
@@ -277,7 +279,8 @@ def score_layer(where, sae, layer, labels, tree, controls, k, response_rate):
         made["iou_draws"][name] = draws
     quality, made["by_class"] = reconstruct(sae, val.batches(VAL_BATCH), labels["val"], C, probe)
     gamma = statistics.mean.norm() / statistics.rms_deviation
-    rows["layers"] = [{"width": train.width, "gamma": gamma, **quality._asdict()}]
+    size = {"width": train.width, "latents": len(sae.b_enc)}
+    rows["layers"] = [{**size, "gamma": gamma, **quality._asdict()}]
     for name in rows:
         made[name] = [{**where, **row} for row in rows[name]]
     return made
@@ -313,20 +316,29 @@ def tables_of(scores):
     for name in ("layers", "hierarchy", "probes", "relations", "readings", "latents"):
         tables[name] = sum((record[name] for record in scores.values()), [])
     tables["latents"] = [row for row in tables["latents"] if row["seed"] == seeds[0]]
-    hypernyms = []
-    matched = []
     for seed in seeds:
         rows = {layer: scores[layer, seed]["hypernyms"] for layer in layers}
-        hypernyms.append(emergence_rows(rows))
-        matched.append(matched_sets(rows.values()))
-        agreement = kappa(matched[-1])
+        if seed == seeds[0]:
+            tables["hypernyms"] = emergence_rows(rows)
+        agreement = kappa(matched_sets(rows.values()))
         for a, b in itertools.combinations(layers, 2):
             value = agreement[layers.index(a), layers.index(b)]
             row = {"layer_a": a, "layer_b": b, "seed": seed, "kappa": value}
             tables["consistency"].append(row)
-    tables["hypernyms"] = hypernyms[0]
-    tables["claims"] = claims_of(scores, hypernyms, matched, tables["relations"])
+    tables["claims"] = claims_of(scores)
     return tables
+
+
+def training_rows(jobs):
+    """Rows of training.csv; none of SAEs that were trained elsewhere."""
+    rows = []
+    for job in jobs:
+        path = job.sae / "training.csv"
+        if path.exists():
+            for row in csv.DictReader(path.open()):
+                where = {"layer": job.layer, "seed": job.training.seed}
+                rows.append(where | {key: float(value) for key, value in row.items()})
+    return rows
 
 
 def say_what_is_written(inputs, jobs, out):
@@ -374,7 +386,7 @@ def run(settings):
             print("[4/4] scores -> tables, figures, report")
             record = {
                 "settings": vars(settings), "made_of": about, "saes": str(jobs[0].sae.parent),
-                "torch": torch.__version__, **tables_of(scores)}
+                "torch": torch.__version__, **tables_of(scores), "training": training_rows(jobs)}
             write_results(settings, inputs, out, jobs, record, labels["val_ids"])
             print(f"Done in {time.time() - start:.0f} s.")
 

@@ -23,6 +23,8 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from tqdm import tqdm
 
+WINDOWS = 20  # of the steps of a training, each a row of its history
+HISTORY = "step", "loss", "reconstruction", "sparsity", "l0", "dead"
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
 
@@ -84,13 +86,15 @@ class ActivationBuffer:
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
     """width n, latents m; W_enc and W_dec are (m, n): row i is latent i's direction.
 
-    top_k  at most so many latents are active, the largest; None: all, as in the paper
-    about  anything worth keeping in config.json: the layer, the settings of its training
+    top_k    at most so many latents are active, the largest; None: all, as in the paper
+    about    anything worth keeping in config.json: the layer, the settings of its training
+    history  of one that was trained here: what became of the loss, in rows (`train_sae`)
     """
 
     def __init__(self, width, latents, about=None, top_k=None):
         super().__init__()
         self.about = about
+        self.history = []
         self.top_k = top_k
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(latents, width)))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
@@ -153,8 +157,8 @@ class Training:
     """"centred": minus the train mean, over one scalar; "raw": over one scalar only"""
     epochs: int = 50
     batch_size: int = 4096
-    lr: float = 4e-4
-    """Adam's; warm-up over the first 5% of steps, linear decay to zero over the last 20%"""
+    lr: float | None = None
+    """Adam's (None: `learning_rate`); warm-up over 5% of steps, decay to zero over the last 20%"""
     seed: int = 0
     precision: str = "float32"
     """of the matrix products: "float32" or "bfloat16", as `fast_precision` finds it in hardware"""
@@ -164,6 +168,7 @@ class Loss(NamedTuple):
     total: Tensor  # reconstruction + λ sparsity: what is minimised
     reconstruction: Tensor  # mean over the batch of ‖x̃ - x̃'‖²
     sparsity: Tensor  # mean over the batch of ‖z‖₁
+    active: Tensor  # (B, m) bool, which latents fire
 
 
 def loss_of(sae, x, l1):
@@ -171,7 +176,7 @@ def loss_of(sae, x, l1):
     z = sae.latents(x)  # (B, m)
     reconstruction = (z @ sae.W_dec + sae.b_dec - x).square().sum(1).mean()
     sparsity = (z @ z.new_ones(z.shape[1])).float().mean()  # a plain sum is slow in bfloat16
-    return Loss(reconstruction + l1 * sparsity, reconstruction, sparsity)
+    return Loss(reconstruction + l1 * sparsity, reconstruction, sparsity, z > 0)
 
 
 def top_k_of(activation, latents):
@@ -185,7 +190,12 @@ def top_k_of(activation, latents):
 
 
 def new_sae(statistics, settings, about=None):
-    """An untrained SAE: random unit directions, W_enc = W_dec, b_dec at the mean."""
+    """An untrained SAE: random unit directions, W_enc = W_dec, b_dec at the mean.
+
+    What a random direction reads from x̃ has a deviation of 1/√n. The ReLU's b_enc starts that far
+    below zero, so that a latent fires on a sixth of the tokens instead of on half of them: it takes
+    several times fewer steps to a sparse code (docs/is_my_sae_good.md).
+    """
     if not np.isfinite(statistics.rms_norm):
         raise SAEError("the class tokens are not finite")
     if statistics.rms_deviation <= 1e-6 * statistics.rms_norm:
@@ -196,6 +206,8 @@ def new_sae(statistics, settings, about=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         sae = SparseAutoencoder(n, latents, about, top_k)
+    if top_k is None:
+        sae.b_enc.data.fill_(-(n**-0.5))
     if settings.inputs == "centred":  # then x̃ has mean zero, as b_dec is
         sae.shift.copy_(statistics.mean)
         sae.scale.fill_(statistics.rms_deviation)
@@ -209,6 +221,10 @@ def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
     """Train one SAE; the same buffer and settings give the same weights. title: of the progress
     bar; None shows none.
 
+    Its `history` has some twenty rows, each over a window of steps: step (the window's last), loss,
+    reconstruction and sparsity (as in `Loss`, with λ as it is after the warm-up), l0 (active
+    latents per token), dead (share of latents that fire on none of the window's tokens).
+
     Raises SAEError where a batch is larger than the data, tokens are not finite or all the same,
     training diverges.
     """
@@ -220,27 +236,51 @@ def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
     steps = settings.epochs * (buffer.rows // B)
     if steps == 0:
         raise SAEError(f"a batch of {B} is larger than the {buffer.rows} training tokens")
+    lr = settings.lr or learning_rate(len(sae.b_enc), steps)
+    final_l1 = settings.l1 if sae.top_k is None else 0
+    window = -(-steps // WINDOWS)
+    sums = torch.zeros(3, device=buffer.device)  # there, so that no step has to wait
+    fired = torch.zeros(len(sae.b_enc), dtype=torch.bool, device=buffer.device)
     step = 0
     bar = tqdm(total=steps, desc=title, unit="step", mininterval=1, disable=title is None)
     for epoch in range(settings.epochs):
         for x in buffer.batches(B, generator):
+            # forward: λ and the learning rate rise over the first steps
             lr_factor, l1_factor = schedule(step, steps)
-            l1 = settings.l1 * l1_factor if sae.top_k is None else 0
             with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-                loss = loss_of(sae, sae.normalise(x), l1)
+                loss = loss_of(sae, sae.normalise(x), final_l1 * l1_factor)
+            # backward, and back to decoder rows of norm one: longer ones would lower λ‖z‖₁ for free
             optimizer.zero_grad()
             loss.total.backward()
-            optimizer.param_groups[0]["lr"] = settings.lr * lr_factor
+            optimizer.param_groups[0]["lr"] = lr * lr_factor
             optimizer.step()
-            with torch.no_grad():  # or λ‖z‖₁ could be had for nothing by longer rows
+            with torch.no_grad():
                 sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+            # what the steps of a window were like becomes a row of the history
+            l0 = loss.active.sum(1).float().mean()
+            sums += torch.stack([loss.reconstruction.detach(), loss.sparsity.detach(), l0])
+            fired |= loss.active.any(0)
             step += 1
             bar.update()
+            if step % window == 0 or step == steps:
+                sums /= (step - 1) % window + 1
+                dead = 1 - fired.float().mean()
+                row = [sums[0] + final_l1 * sums[1], *sums, dead]
+                sae.history.append(dict(zip(HISTORY, [step, *map(float, row)])))
+                sums.zero_()
+                fired.zero_()
         bar.set_postfix(loss=f"{loss.total.item():.3f}", refresh=False)
         if not all(parameter.isfinite().all() for parameter in sae.parameters()):
             raise SAEError(f"weights not finite after epoch {epoch + 1}: lower the learning rate")
     bar.close()
     return sae.eval().requires_grad_(False)
+
+
+def learning_rate(latents, steps):
+    """The default: within 1% of the loss of the best rate in what was tried
+    (docs/is_my_sae_good.md).
+    More steps, or more latents to move at once, want shorter ones."""
+    return min(0.01, 3.5 / (latents * steps) ** 0.5)
 
 
 def schedule(step, steps):

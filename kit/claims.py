@@ -9,7 +9,6 @@ import numpy as np
 
 from kit.probes import class_draws
 from kit.rows import values_of
-from metrics import kappa
 
 SCORES = {  # columns of hierarchy.csv: name, and the sign that makes more hierarchy larger
     "lch_height_between": ("LCH height between classes", -1),
@@ -77,51 +76,10 @@ def thirds(by_layer):
     return by_layer[-count:].mean(0) - by_layer[:count].mean(0)
 
 
-def curveball(matched, draws, seed=0):
-    """Yields random matrices with the row and column sums of matched (L, H), bool.
-
-    Global curveball (Carstens, Hamann, Meyer et al. 2018): in a round all rows are paired at
-    random, and what only one of a pair holds is dealt anew between the two. Between draws there are
-    10 L rounds, but at most 1,000 trades.
-    """
-    rng = np.random.default_rng(seed)
-    matched = matched.copy()
-    L = len(matched)
-    for _ in range(draws):
-        for _ in range(min(10 * L, 2000 // L)):
-            first, second = rng.permutation(L)[: L // 2 * 2].reshape(2, -1)
-            a = matched[first]  # (L/2, H)
-            differ = a ^ matched[second]
-            order = np.where(differ, rng.random(a.shape), 2).argsort(1).argsort(1)
-            dealt = order < (a & differ).sum(1, keepdims=True)
-            matched[first] = np.where(differ, dealt, a)
-            matched[second] = np.where(differ, ~dealt, a)
-        yield matched
-
-
-def nearness(matched):
-    """Mean kappa of neighbouring layers less that of all other pairs of layers."""
-    agreement = kappa(matched)
-    layers = np.arange(len(matched))
-    distance = np.abs(layers - layers[:, None])
-    return agreement[distance == 1].mean() - agreement[distance > 1].mean()
-
-
-def rank_correlation(x, y):
-    """Spearman's rho of x and y (N,); NaN where one of them is constant."""
-    ranks = []
-    for values in (x, y):
-        below = values[:, None] > values
-        ranks.append(below.sum(1) - below.sum(0))  # centred; ties get their mean
-    a, b = ranks
-    scale = np.sqrt((a @ a) * (b @ b))
-    return a @ b / scale if scale else np.nan
-
-
 # ---------------------------------------------------------------- the claims, a row each
 
 
-def row_of(claim, statistic, values, verdict="no test", about_hierarchy=True, **more):
+def row_of(claim, statistic, values, verdict, about_hierarchy=True, **more):
     """A row of claims.csv; values: one for each seed."""
     values = np.array(values, float)
     row = {"claim": claim, "about_hierarchy": about_hierarchy, "verdict": verdict,
@@ -190,51 +148,14 @@ def probe_claims(scores):
     return rows
 
 
-def consistency_claim(matched, draws=1000):
-    """matched: for each seed (L, H) bool. Layers that match nothing, or all, are left out."""
-    claim = "near layers agree more"
-    statistic = "kappa, neighbouring layers less all others"
-    values = []
-    p = []
-    for sets in matched:
-        sets = sets[sets.any(1) & ~sets.all(1)]
-        if len(sets) < FEWEST_LAYERS:
-            return row_of(claim, statistic, [np.nan] * len(matched), "too few layers", False)
-        values.append(nearness(sets))
-        drawn = np.array([nearness(other) for other in curveball(sets, draws)]) - values[-1]
-        p.append([1 + (drawn >= -1e-9).sum(), 1 + (drawn <= 1e-9).sum()])
-    as_near, as_far = np.array(p).T / (1 + draws)
-    return row_of(claim, statistic, values, verdict(as_near <= 0.05, as_far <= 0.05), False,
-                  p_value=as_near.max())
-
-
-def described(relations, hypernyms):
-    """What no test can judge: hypernyms are nested, and what is matched fires by definition."""
-    correlations = []
-    for rows in hypernyms:
-        layer = values_of(rows, "emergence_layer")
-        emerged = np.isfinite(layer)
-        height = values_of(rows, "height")
-        correlations.append(rank_correlation(height[emerged], -layer[emerged]))
-    where = {"dictionary": "sae", "layer": relations[-1]["layer"]}
-    expected = values_of(relations, "expected", **where).mean()
-    return [
-        row_of("general hypernyms emerge earlier", "Spearman's rho of height and earliness",
-               correlations),
-        row_of("general latents fire where specific ones do", "share of top images; for permuted: "
-               "expected from class rates; last layer", values_of(relations, "related", **where),
-               permuted=expected)]
-
-
-def claims_of(scores, hypernyms, matched, relations):
-    """Rows of claims.csv. scores: by (layer, seed), sorted, as stage 3 makes them; for each
-    seed the rows of hypernyms.csv, and (L, H) which hypernyms are matched."""
+def claims_of(scores):
+    """Rows of claims.csv. scores: by (layer, seed), sorted, as stage 3 makes them."""
     layers, _, classes = gather(scores, "by_class", "images").shape
     rows = hierarchy_claims(scores) + layer_claims(scores, class_draws(classes).numpy())
-    rows += probe_claims(scores) + [consistency_claim(matched)]
+    rows += probe_claims(scores)
     for row in rows:
         if classes < FEWEST_CLASSES:
             row["verdict"] = "too few classes"
         elif layers < FEWEST_LAYERS and LAST_LESS_FIRST in row["statistic"]:
             row["verdict"] = "too few layers"
-    return rows + described(relations, hypernyms)
+    return rows

@@ -27,10 +27,10 @@ def label_layers(axis, ylabel, layers):
 def line(axis, rows, column, style, points, key="layer", **where):
     """The mean over seeds by layer, or another key of the rows, drawn with a band of one standard
     deviation. Returns the means."""
-    values = np.array([values_of(rows, column, **where, **{key: point}) for point in points])
-    mean = values.mean(1)
+    values = [values_of(rows, column, **where, **{key: point}) for point in points]
+    mean = np.array([of_seeds.mean() for of_seeds in values])
     axis.plot(points, mean, **style)
-    band(axis, points, mean, values.std(1), style["color"])
+    band(axis, points, mean, [of_seeds.std() for of_seeds in values], style["color"])
     return mean
 
 
@@ -79,14 +79,32 @@ def draw_layers(figure, tables, layers):
         label_layers(axis, PANELS[column], layers)
 
 
+def draw_training(figure, tables, layers):
+    """What became of the loss, L0 and silent latents; the first seed, layers from light to dark."""
+    rows = tables["training"]
+    seed = values_of(rows, "seed").min(initial=np.inf)  # of published SAEs there are no rows
+    for axis, column in zip(figure.subplots(1, 3), ("loss", "l0", "dead")):
+        for layer, alpha in zip(layers, np.linspace(0.2, 1, len(layers))):
+            where = {"layer": layer, "seed": seed}
+            axis.plot(values_of(rows, "step", **where), values_of(rows, column, **where),
+                      color=STYLES["sae"]["color"], alpha=alpha)
+        axis.set(xlabel="training step", title=column, ylim=(0, None))
+
+
+def save(action, path, *shown, size=(10, 5.5)):
+    """action(figure, *shown) to path.pdf and path.png. Returns the path of the PNG."""
+    figure = Figure(size, layout="constrained")
+    action(figure, *shown)
+    for ending in (".pdf", ".png"):
+        file = path.with_suffix(ending)
+        figure.savefig(file, dpi=160)
+    return file
+
+
 def draw(folder, tables, layers):
     """Returns the figures that are in the folder: {name: path of the PNG}."""
     paths = {}
-    for action in (draw_hierarchy, draw_probes, draw_layers):
-        figure = Figure((10, 5.5), layout="constrained")
-        action(figure, tables, layers)
+    for action in (draw_hierarchy, draw_probes, draw_layers, draw_training):
         name = action.__name__.removeprefix("draw_")
-        for ending in ("pdf", "png"):
-            paths[name] = folder / f"{name}.{ending}"
-            figure.savefig(paths[name], dpi=160)
+        paths[name] = save(action, folder / name, tables, layers)
     return paths

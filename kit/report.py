@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 from dinov2_hooks import BackboneError, layer_name, relevancy_maps
 from kit import demo, figures
 from kit.data import Decoded
-from kit.tables import MARKS, cell, write_tables
+from kit.tables import MARKS, cell, doubts, write_tables
 from sae import SparseAutoencoder
 
 OPEN = 12  # latents shown open
@@ -136,7 +136,8 @@ def write(folder, title, inputs, record, sae_folder, ids):
     whose = record["settings"]["backbone"]
     if whose == "demo":
         whose = "this demo's small ViT"
-        passed = "passed" if record["claims"][0]["verdict"] == "holds" else "FAILED"
+        good = record["claims"][0]["verdict"] == "holds" and not doubts(record, inputs.layers)
+        passed = "passed" if good else "FAILED"
         sentences.insert(0, f"Check {passed}: {len(matched)} of {len(rows)} planted hypernyms were "
                          "found in some layer.")
     latents = Latents(inputs, record["settings"]["top_k"], sae_folder, ids)
@@ -151,7 +152,8 @@ def write(folder, title, inputs, record, sae_folder, ids):
         "map": emergence_map(matched, inputs.layers),
         "latents": "".join(latents.section(row, TILES) for row in opened),
         "folded": "".join(latents.section(row, FEW) for row in others),
-        "why_no_maps": escape(latents.why_no_maps)}
+        "why_no_maps": escape(latents.why_no_maps),
+        "no_training": "" if record["training"] else " hidden"}
     for name, table in shown.items():
         parts[name] = html_table(table)
     for name, path in figures.draw(folder / "figures", record, inputs.layers).items():

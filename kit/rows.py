@@ -10,15 +10,18 @@ def values_of(rows, column, **where):
 
 
 def hierarchy_rows(dictionary, scores, controls):
-    """Rows of hierarchy.csv: WordNet's tree, then mean and standard deviation over permuted trees.
-    And the scores of all permuted trees by column."""
-    own = scores.summary()
+    """Rows of hierarchy.csv: WordNet's tree, mean and standard deviation over permuted trees, and
+    the hierarchy's part, WordNet's less that mean. And the scores of all permuted trees by column.
+    """
+    columns = scores.summary()
+    own = np.array(list(columns.values()), float)
     draws = np.array([list(control.summary().values()) for control in controls], float)
+    mean = draws.mean(0)
     rows = []
-    for tree, values in (("wordnet", own.values()), ("permuted", draws.mean(0)),
-                         ("permuted_sd", draws.std(0))):
-        rows.append({"dictionary": dictionary, "tree": tree, **dict(zip(own, values))})
-    return rows, dict(zip(own, draws.T))
+    for tree, values in (("wordnet", columns.values()), ("permuted", mean),
+                         ("permuted_sd", draws.std(0)), ("part", own - mean)):
+        rows.append({"dictionary": dictionary, "tree": tree, **dict(zip(columns, values))})
+    return rows, dict(zip(columns, draws.T))
 
 
 def hypernym_rows(scores, profile, responses, tree):

@@ -8,8 +8,12 @@ import numpy as np
 from kit.claims import MAIN, SCORES
 from kit.rows import values_of
 from kit.runs import to_json
+from metrics import mean_of
 
 MARKS = {"holds": "✓", "open": "○", "contradicted": "✗"}  # else –
+POOR = 0.9  # of the variance unexplained, hardly better than the mean; of the first loss
+FEW = 0.1  # of the latents in a mean
+FALL = 0.025  # of the loss, between the third and the fourth fifth of the steps
 
 
 def cell(value):
@@ -49,6 +53,37 @@ def by_layer(tables, layers):
     return rows
 
 
+def in_the_mean(tables, layer):
+    """Over how many of how many latents the main score of a layer is a mean; over seeds."""
+    where = {"dictionary": "sae", "tree": "wordnet", "layer": layer}
+    alive = values_of(tables["hierarchy"], "alive", **where)
+    single_class = values_of(tables["hierarchy"], "single_class", **where)
+    return (alive - single_class).mean(), values_of(tables["layers"], "latents", layer=layer).mean()
+
+
+def doubts(tables, layers):
+    """Sentences on SAEs that are not good enough for their scores to mean much."""
+    bad = {}
+    for layer in layers:
+        fvu = values_of(tables["layers"], "fvu", layer=layer)
+        count, latents = in_the_mean(tables, layer)
+        # windows of training before the learning rate decays: from the third fifth to the fourth
+        loss = values_of(tables["training"], "loss", layer=layer).reshape(len(fvu), -1).mean(0)
+        third, fourth = (mean_of(loss[i * len(loss) // 5 :][: len(loss) // 5]) for i in (2, 3))
+        for value, limit, text in (
+                (fvu.max(), POOR, "the SAE reconstructs hardly better than the mean (FVU): lower "
+                                  "--l1, or train longer"),
+                (1 - count / latents, 1 - FEW, "nearly all latents are in no mean, as they fire on "
+                                               "few images or on one class: lower --l1"),
+                (mean_of(loss[-1:]) / mean_of(loss[:1]), POOR, "the loss hardly fell at all: raise "
+                                                               "--lr or --epochs"),
+                (1 - fourth / third, FALL, "the loss still fell before the learning rate did: more "
+                                           "--epochs")):
+            if value > limit:
+                bad.setdefault(text, []).append(f"layer {layer} ({value:.0%})")
+    return [f"Beware, {text}. {', '.join(where)}." for text, where in bad.items()]
+
+
 def findings(tables, layers):
     """What was found, in sentences: each number beside its value under permuted trees."""
     first = layers[0]
@@ -80,11 +115,19 @@ def findings(tables, layers):
             f"{grows['verdict']}.",
             f"Over all pairs of top images LCH height falls by {fall:.3g} edges, under permuted "
             f"trees by {by_chance:.3g}: that part is latents becoming class-specific."]
-    poor = sorted({str(row["layer"]) for row in tables["layers"] if (row["fvu"] or 0) > 1})
-    if poor:
-        sentences.append(f"Beware: in layers {', '.join(poor)} the SAE reconstructs worse than the "
-                         "mean does (FVU above 1): train longer, or on more images.")
-    return sentences
+    count, latents = in_the_mean(tables, last)
+    fvu, l0 = (values_of(tables["layers"], key, layer=last).mean() for key in ("fvu", "l0"))
+    sentences.insert(1, f"That is a mean over {count:.0f} of {latents:.0f} latents of an SAE that "
+                        f"has {l0:.3g} active per image (L0) and leaves {fvu:.0%} of the variance "
+                        "unexplained (FVU).")
+    return sentences + doubts(tables, layers)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_tables(folder, title, note, tables, layers):
@@ -92,10 +135,7 @@ def write_tables(folder, title, note, tables, layers):
     for reading, by name, and the findings."""
     for name, rows in json.loads(to_json(tables)).items():
         if rows and isinstance(rows, list):
-            with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(folder / f"{name}.csv", rows)
     shown = {"claims": tables["claims"], "by_layer": by_layer(tables, layers)}
     sentences = findings(tables, layers)
     text = [f"# {title}", note, *sentences]

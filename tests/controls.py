@@ -1,14 +1,19 @@
 """Which claims hold where they should not? Worlds of synthetic class tokens whose truth is known.
 
-    python tests/controls.py WORLD COUNT [FIRST]     such worlds, numbered from FIRST on, a row each
+    python tests/controls.py WORLD COUNT [FIRST [LAYERS]]   such worlds, numbered from FIRST on
 
 flat          random class codes without kinship, the signal grows with depth
 constant      kin classes have like codes, and nothing grows
 hierarchical  the same codes, the signal grows from almost nothing
 amplitude     the same codes, a signal that is strong from the first layer on grows
+features      every node below the root is a feature of its own, more of them than dimensions, each
+              on for six in ten images of the classes below it; what an SAE is made for
+other tree    the same features, planted on a permuted tree
 
-No images: real SAEs, real scoring and real claims on 100 ImageNet classes, six layers of width 48,
-three seeds. In a flat world no claim about the hierarchy may hold, in a constant one no growth.
+No images: real SAEs, trained to convergence, real scoring and real claims on 100 ImageNet classes,
+four layers of width 64, three seeds (one layer: the last, one seed). In flat worlds and on another
+tree no claim about the hierarchy may hold, in a constant one no growth. A row for each claim, and
+one for the share of planted directions that are a decoder row (cosine above 0.8), last layer.
 """
 
 import functools
@@ -24,55 +29,87 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import imagenet1k
 
 import reproduce
+from kit.claims import claims_of
 from kit.runs import to_json
 from metrics import linear_probe
 from sae import Training, train_sae
 from taxonomy import Taxonomy
 
-WIDTH = 48
-IMAGES = {"train": 40, "val": 20}  # of each class
+WIDTH = 64
+IMAGES = {"train": 100, "val": 20}  # of each class
 SIGNALS = {  # first and last layer's, over noise of deviation 1 in every coordinate
     "flat": (0.05, 0.5),
     "constant": (0.3, 0.3),
     "hierarchical": (0.05, 0.5),
     "amplitude": (0.3, 0.6),
+    "features": (0.5, 10),
+    "other tree": (0.5, 10),
 }
+RECOVERED = 0.8
 
 
-def class_codes(world, tree, rng):
-    """(C, WIDTH), of variance 1: random, or the sums of the random codes of all nodes above."""
+def nodes_below_root(tree):
+    """(F,) the distinct nodes with fewer than all classes, single classes among them."""
+    distinct = tree.lowest == np.arange(len(tree.wnids))
+    return np.flatnonzero(distinct & (tree.leaves.sum(1) < len(tree.classes)))
+
+
+def world_of(world, tree, rng):
+    """(directions (F, WIDTH) of the nodes, above (C, F) which are above a class)."""
     if world == "flat":
-        codes = rng.normal(size=(len(tree.classes), WIDTH))
-    else:
-        distinct = tree.lowest == np.arange(len(tree.wnids))
-        below_root = distinct & (tree.leaves.sum(1) < len(tree.classes))
-        codes = tree.leaves[below_root].T @ rng.normal(size=(below_root.sum(), WIDTH))
-    return (codes - codes.mean(0)) / codes.std()
+        directions = rng.normal(size=(len(tree.classes), WIDTH))
+        return directions, np.eye(len(tree.classes))
+    if world == "other tree":
+        tree = tree.permuted(rng.permutation(len(tree.classes)))
+    nodes = nodes_below_root(tree)
+    directions = rng.normal(size=(len(nodes), WIDTH))
+    if world in ("features", "other tree"):
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return directions, tree.leaves[nodes].T.astype(float)
 
 
-def make_world(folder, world, tree, layers, seed):
-    """Token files of every layer and split in `folder`; returns the labels by split."""
+def signal_of(world, directions, above, labels, rng):
+    """(N, WIDTH): fixed class codes of variance 1, or features that come and go."""
+    if world in ("features", "other tree"):
+        on = above[labels] * (rng.random((len(labels), len(directions))) < 0.6)
+        return (on * rng.gamma(4, 1 / 4, size=on.shape)) @ directions
+    codes = above @ directions
+    return ((codes - codes.mean(0)) / codes.std())[labels]
+
+
+def make_world(folder, world, tree, layers, seed, images=IMAGES):
+    """Token files of every layer and split in `folder`; returns labels by split, directions."""
     rng = np.random.default_rng(seed)
-    codes, labels = class_codes(world, tree, rng), {}
-    for split, count in IMAGES.items():
-        labels[split] = rng.permutation(np.repeat(np.arange(len(codes)), count))
-    for layer, signal in enumerate(np.linspace(*SIGNALS[world], layers)):
-        for split, classes in labels.items():
-            tokens = 3 + signal * codes[classes] + rng.normal(size=(len(classes), WIDTH))
+    labels = {}
+    directions, above = world_of(world, tree, rng)
+    first, last = SIGNALS[world]
+    for split, count in images.items():
+        labels[split] = rng.permutation(np.repeat(np.arange(len(tree.classes)), count))
+        for layer, strength in enumerate(np.linspace(last, first, layers)[::-1]):
+            signal = signal_of(world, directions, above, labels[split], rng)
+            tokens = 3 + strength * signal + rng.normal(size=signal.shape)
             np.save(folder / f"{split}_{layer}.npy", tokens.astype(np.float16))
-    return labels
+    return labels, directions
 
 
-def claims_of_world(world, seed, layers=6, seeds=3, epochs=25, classes=100):
-    """The rows of claims.csv on a world."""
+def recovered(directions, sae):
+    """The share of directions (F, n) to which a row of the decoder is close."""
+    directions = torch.from_numpy(directions).float()
+    directions /= directions.norm(dim=1, keepdim=True)
+    cosine = directions @ sae.W_dec.T
+    return (cosine.amax(1) > RECOVERED).float().mean().item()
+
+
+def claims_of_world(world, seed, layers=4, seeds=3, epochs=50, classes=100, images=IMAGES):
+    """The rows of claims.csv on a world, and the share of planted directions recovered."""
     tree = Taxonomy.from_wnids(imagenet1k()[:: 1000 // classes])
     trainings = [
-        Training(4, batch_size=256, epochs=epochs, lr=1e-3, seed=10 * seed + i)
+        Training(4, l1=0.2, batch_size=128, epochs=epochs, seed=10 * seed + i)
         for i in range(seeds)
     ]
-    controls, scores = reproduce.permuted_trees(tree), {}
+    controls, scores, shares = reproduce.permuted_trees(tree), {}, []
     with tempfile.TemporaryDirectory() as name:
-        labels = make_world(Path(name), world, tree, layers, seed)
+        labels, directions = make_world(Path(name), world, tree, layers, seed, images)
         for n in range(layers):
             paths = [Path(name, f"{split}_{n}.npy") for split in IMAGES]
             layer = reproduce.open_layer(*paths, labels, len(tree.classes), "cpu")
@@ -82,14 +119,18 @@ def claims_of_world(world, seed, layers=6, seeds=3, epochs=25, classes=100):
                 scores[n, training.seed] = reproduce.score_layer(
                     where, sae, layer, labels, tree, controls, k=16, response_rate=0.5
                 )
-        return json.loads(to_json(reproduce.tables_of(scores)["claims"]))
+                if n == layers - 1:
+                    shares.append(recovered(directions, sae))
+        rows = json.loads(to_json(claims_of(scores)))
+    return [*rows, {"claim": "planted directions recovered", "value": np.mean(shares)}]
 
 
-def main(world, count, first="0"):
+def main(world, count, first="0", layers="4"):
     torch.set_num_threads(1)
     reproduce.linear_probe = functools.partial(linear_probe, least_steps=300)
     for seed in range(int(first), int(first) + int(count)):
-        for row in claims_of_world(world, seed):
+        seeds = 1 if layers == "1" else 3
+        for row in claims_of_world(world, seed, int(layers), seeds):
             print(json.dumps({"world": world, "seed": seed, **row}), flush=True)
 
 

@@ -14,6 +14,7 @@ from sae import (
     SparseAutoencoder,
     Statistics,
     Training,
+    learning_rate,
     loss_of,
     new_sae,
     schedule,
@@ -76,6 +77,38 @@ def test_decoder_has_unit_norm_after_every_step(buffer, monkeypatch):
     assert len(before) == 21
     assert max(before) < 1e-6 and float((sae.W_dec.norm(dim=1) - 1).abs().max()) < 1e-6
     assert min(after) > 1e-5  # Adam itself had broken it
+
+
+def test_history_of_training(buffer):
+    """Of 14 steps each is a row; the first by hand. Of 700 there are 20 rows, in which the loss
+    falls, and the SAE of a learning rate of nearly zero stays where it was."""
+    settings = Training(epochs=2, batch_size=100, l1=0.3)
+    first, *rows = train_sae(buffer, settings, title=None).history
+    assert [row["step"] for row in rows] == list(range(2, 15))
+    sae = new_sae(buffer.statistics(), settings)
+    x = next(buffer.batches(100, torch.Generator().manual_seed(0)))
+    x_hat, z = sae(x)
+    error = ((x - x_hat) / sae.scale).square().sum(1).mean().item()
+    sparsity = z.sum(1).mean().item()
+    assert first["reconstruction"] == pytest.approx(error, rel=1e-4)
+    assert first["sparsity"] == pytest.approx(sparsity, rel=1e-4)
+    assert first["loss"] == pytest.approx(error + 0.3 * sparsity, rel=1e-4)
+    assert first["l0"] == pytest.approx((z > 0).sum().item() / 100)
+    assert first["dead"] == pytest.approx((~(z > 0).any(0)).float().mean().item())
+    long = train_sae(buffer, Training(epochs=100, batch_size=100), title=None).history
+    frozen = train_sae(buffer, Training(epochs=100, batch_size=100, lr=1e-12), title=None).history
+    assert len(long) == len(frozen) == 20 and long[-1]["loss"] < 0.5 * long[0]["loss"]
+    assert frozen[-1]["loss"] == pytest.approx(frozen[0]["loss"], rel=0.05)
+
+
+def test_learning_rate_of_the_default(buffer):
+    """An SAE of the default rate is that of the rule, to the bit."""
+    default = Training(epochs=2, batch_size=100)
+    rate = learning_rate(96, 14)
+    assert learning_rate(1536, 3900) == pytest.approx(3.5 / np.sqrt(1536 * 3900))
+    assert same_sae(
+        train_sae(buffer, default), train_sae(buffer, Training(epochs=2, batch_size=100, lr=rate))
+    )
 
 
 def test_inputs_have_mean_squared_norm_one(buffer):

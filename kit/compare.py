@@ -1,0 +1,76 @@
+"""Runs side by side: the answer over sparsity, and the main score by layer.
+
+    python -m kit.compare RUN [RUN ...]     RUN: the output folder of a run, with all its results
+
+A setting is a run: a shell loop over --l1 and --activation makes the sweep. Writes into compare/ of
+the first RUN a table of the last layer (CSV, Markdown) and two figures (PNG, PDF).
+"""
+import json
+import sys
+from pathlib import Path
+
+from kit.claims import MAIN
+from kit.figures import line, save
+from kit.rows import values_of
+from kit.tables import by_layer, markdown, write_csv
+
+SAE = {"dictionary": "sae", "tree": "wordnet"}
+PERMUTED = SAE | {"tree": "permuted"}
+PANELS = {  # title: table, column, which of its rows, and which are the control, drawn dashed
+    "FVU": ("layers", "fvu", {}),
+    "hierarchy's part of the height (dashed: untrained)": (
+        "hierarchy", MAIN, SAE | {"tree": "part"}, {"dictionary": "untrained", "tree": "part"}),
+    "hypernyms matched": ("hierarchy", "hypernyms_matched", SAE, PERMUTED),
+    "probe IoU, 1 unit": ("probes", "iou", SAE | {"units": 1}, PERMUTED | {"units": 1}),
+    "probe IoU, 16 units": ("probes", "iou", SAE | {"units": 16}, PERMUTED | {"units": 16})}
+
+
+def draw(axis, rows, name, key, column, *kinds):
+    """A line over `key` for each `name` in the rows, and kind of row; the second is dashed."""
+    for i, value in enumerate(sorted({row[name] for row in rows})):
+        points = sorted({row[key] for row in rows if row[name] == value})
+        for kind, dash in zip(kinds, ("-", "--")):
+            style = {"color": f"C{i}", "ls": dash, "marker": ".", "label": value}
+            line(axis, rows, column, style, points, key, **{name: value}, **kind)
+    axis.set(xlabel=key)
+    axis.legend(fontsize=6)
+
+
+def draw_sparsity(figure, last):
+    for axis, (title, (table, *what)) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+        draw(axis, last[table], "line", "L0", *what)
+        axis.set(title=title, xscale="log")
+
+
+def draw_layers(figure, rows):
+    draw(figure.subplots(), rows, "setting", "layer", MAIN, SAE, PERMUTED)
+
+
+def main(*runs):
+    folder = Path(runs[0], "compare")
+    folder.mkdir(exist_ok=True)
+    last = {"layers": [], "hierarchy": [], "probes": []}
+    heights = []
+    shown = []
+    for path in sorted(path for run in runs for path in Path(run).glob("results/*/results.json")):
+        tables = json.loads(path.read_text(encoding="utf-8"))
+        layer = tables["layers"][-1]["layer"]
+        run = path.parents[2].name
+        activation, l1 = (tables["settings"][key] for key in ("activation", "l1"))
+        l0, fvu = (values_of(tables["layers"], key, layer=layer).mean() for key in ("l0", "fvu"))
+        more = {"L0": l0, "line": f"{run}, {activation.partition('-')[0]}",
+                "setting": f"{run}, {path.parent.name}"}
+        for table, rows in last.items():
+            rows += [row | more for row in tables[table] if row["layer"] == layer]
+        heights += [row | more for row in tables["hierarchy"]]
+        shown.append({"run": run, "activation": activation, "λ": l1, "L0": l0, "FVU": fvu,
+                      **by_layer(tables, [layer])[0],
+                      **{claim["claim"]: claim["verdict"] for claim in tables["claims"]}})
+    write_csv(folder / "sparsity.csv", shown)
+    (folder / "sparsity.md").write_text(markdown(shown), encoding="utf-8")
+    save(draw_sparsity, folder / "sparsity", last, size=(22, 4))
+    save(draw_layers, folder / "layers", heights)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
