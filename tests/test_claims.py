@@ -1,6 +1,7 @@
 """Verdicts against closed forms and enumeration, and on small worlds whose truth is known."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from controls import claims_of_world
 
 import reproduce
 from kit.claims import t_interval, thirds, verdict
+from kit.tables import doubts
 from metrics import linear_probe
 
 
@@ -66,3 +68,32 @@ def test_where_an_sae_is_the_right_tool_training_brings_it(few_trees):
     for name in ("the hierarchy is there", "training brings it"):
         assert rows[name]["verdict"] == "holds"
     assert rows["planted directions recovered"]["value"] > 0.8
+
+
+def tables(loss, fvu=0.3, alive=60):
+    """Of two layers, of which the last is as it is told; 100 latents, 20 of them single_class."""
+    made = {"layers": [], "hierarchy": [], "training": []}
+    for layer, values in ((0, (0.3, 60, FLAT)), (1, (fvu, alive, loss))):
+        made["layers"].append({"layer": layer, "seed": 0, "latents": 100, "fvu": values[0]})
+        row = {"layer": layer, "dictionary": "sae", "tree": "wordnet"}
+        made["hierarchy"].append(row | {"alive": values[1], "single_class": 20})
+        made["training"] += [{"layer": layer, "loss": value} for value in values[2]]
+    return made
+
+
+FLAT = np.r_[1, 0.5, 0.4, 0.35, np.full(12, 0.3), 0.28, 0.27, 0.26, 0.25]
+
+
+def test_an_sae_that_is_not_good_is_said_to_be_so():
+    falling = FLAT * np.linspace(1, 0.8, 20)
+    assert doubts(tables(loss=FLAT), [0, 1]) == []
+    for more, words in (
+        (dict(fvu=0.95), "reconstructs hardly better than the mean .* layer 1 .95%"),
+        (dict(alive=29), "nearly all latents are in no mean, .* layer 1 .91%"),
+        (dict(loss=np.full(20, 0.7)), "the loss hardly fell at all: .* layer 1 .100%"),
+        (dict(loss=falling), "the loss still fell before the learning rate did: .* layer 1 .5%"),
+    ):
+        (sentence,) = doubts(tables(**{"loss": FLAT, **more}), [0, 1])
+        assert re.search(words, sentence)
+    published = tables(loss=FLAT) | {"training": []}
+    assert doubts(published, [0, 1]) == []

@@ -1,12 +1,13 @@
 """Every script in tests/ and examples/ runs, on something small: none can rot unseen."""
 
+import csv
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, WNIDS, write_images
+from conftest import ROOT, WNIDS, small_run, write_images
 
 import reproduce
 
@@ -25,6 +26,36 @@ def test_scripts(monkeypatch, capsys, arguments, words):
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(ROOT / "tests" / arguments[0]), run_name="__main__")
     assert words in capsys.readouterr().out
+
+
+def test_scripts_on_the_folder_of_a_run(data, hub, work, monkeypatch, capsys):
+    """kit.compare on two settings, and tests/training.py on the tokens of layers 1 and 2."""
+    for more in (["--seeds", "2"], ["--activation", "topk-4"], ["--l1", "0.3"]):
+        assert reproduce.main(small_run(data, hub, *more)) == 0
+    monkeypatch.setattr(sys, "argv", ["compare", "out"])
+    runpy.run_module("kit.compare", run_name="__main__")
+    made = {path.name for path in Path("out/compare").iterdir()}
+    assert made == {"sparsity.csv", "sparsity.md", *FIGURES}
+    with open("out/compare/sparsity.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted((row["activation"], row["λ"]) for row in rows) == [
+        ("relu", "0.1"),
+        ("relu", "0.3"),
+        ("topk-4", "0.1"),
+    ]
+    (path,) = Path("out/results").glob("topk*/layers.csv")
+    with open(path, newline="") as file:
+        layers = list(csv.DictReader(file))
+    (row,) = (row for row in rows if row["activation"] == "topk-4")
+    assert row["L0"] == layers[-1]["l0"] and row["FVU"] == layers[-1]["fvu"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["training.py", "out", str(data), "1,2"])
+    runpy.run_path(str(ROOT / "tests/training.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "32 -> 256, relu, batch 16, float32" in printed and printed.count("\n| 0.0") == 10
+
+
+FIGURES = ("sparsity.png", "sparsity.pdf", "layers.png", "layers.pdf")
 
 
 def test_walkthrough(data, hub, work, monkeypatch, capsys):
