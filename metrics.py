@@ -2,17 +2,18 @@
 
     profile = profile_latents(sae.encode, val.split(2048), labels, len(tree.classes))
     responses = responses_of(profile, k=16)                      # of its 16 top images
-    scores = score_hierarchy(responses, tree)                    # LCH height, coverage, matches
+    placed = Placed(responses, tree)                             # LCHs, heights, matches
     order = np.random.default_rng(0).permutation(len(tree.classes))
-    control = score_hierarchy(responses, tree.permuted(order))   # the same latents, no kinship
-    print(scores.summary()["lch_height_between"], control.summary()["lch_height_between"])
+    control = Placed(responses, tree.permuted(order))            # the same latents, no kinship
+    print(placed.summary()["lch_height_between"], control.summary()["lch_height_between"])
 
 A *dictionary* is any function from tokens (B, n) to non-negative activations (B, m): an SAE's
 encoder, or units that were never trained and fire as seldom (`dictionaries_of`). Labels number the
 classes in the taxonomy's order; arrays, tensors and lists will do. docs/definitions.md has the
 formulas in words.
 """
-from typing import NamedTuple
+from functools import cached_property
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +32,8 @@ MATCHED = 0.5  # a latent matches a hypernym above this Jaccard index
 
 
 class Profile(NamedTuple):
-    """What m latents respond to, over N images of C classes. Tensors on the encoder's device.
-
-    The images are in two halves, every other image of each class, so that a latent can be chosen
-    on one half and judged on the other.
-    """
+    """What m latents respond to, over N images of C classes. Tensors on the encoder's device. Half
+    0 and 1 are every other image of each class: a latent is chosen on one, judged on the other."""
 
     top_images: Tensor  # (m, T) int, the images with the largest z, best first
     top_classes: Tensor  # (m, T) int, their classes
@@ -156,48 +154,11 @@ def dictionaries_of(sae, tokens, mean, seed):
 # ---------------------------------------------------------------- hierarchy scores
 
 
-class Scores(NamedTuple):
-    """The A alive latents (they fire on at least k images) on H hypernyms: the distinct nodes of
-    two classes to half of all. NumPy arrays."""
-
-    latents: Array  # (A,) int, which ones
-    lch: Array  # (A,) int, node: the LCH of the classes of the latent's top images
-    lch_height: Array  # (A,) int, that node's height
-    lch_height_pairwise: Array  # (A,) mean height of the LCH of two top images
-    lch_height_between: Array  # (A,) the same over pairs of two classes; NaN where there is none
-    coverage: Array  # (A,) |R ∩ leaves(lch)| / |leaves(lch)|, R the classes it responds to
-    match: Array  # (A,) max over nodes v of |R ∩ leaves(v)| / |R ∪ leaves(v)|
-    best_node: Array  # (A,) int, which of `nodes` it shows and matches best on half A; -1: none
-    best_node_match: Array  # (A,) its match with it on half B
-    ontology_covered: float  # share of the distinct nodes that are the LCH of some latent
-    nodes: Array  # (H,) int, the hypernyms
-    is_lch: Array  # (H,) bool, whether it is the LCH of some latent
-    best_latent: Array  # (H,) int, which of `latents` is chosen on half A; -1: none shows it
-    best_latent_match: Array  # (H,) its match on half B
-    matched: Array  # (H,) bool, above MATCHED on both halves
-
-    def summary(self):
-        """A row of hierarchy.csv: means over alive latents (NaN for none), hypernyms found."""
-        row = {"alive": len(self.latents),
-               "single_class": np.isnan(self.lch_height_between).sum()}
-        for column in ("lch_height", "lch_height_pairwise", "lch_height_between", "coverage",
-                       "match"):
-            row[column] = mean_of(getattr(self, column))
-        return row | {"ontology_covered": self.ontology_covered, "hypernyms_lch": self.is_lch.sum(),
-                      "hypernyms_matched": self.matched.sum()}
-
-
 def mean_of(values):
     """Of those that are not NaN; NaN for none."""
     values = np.array(values, float)
     values = values[~np.isnan(values)]
     return values.mean() if len(values) else np.nan
-
-
-def hypernyms_to_find(tree):
-    """(H,) the distinct nodes of two classes to half of all."""
-    nodes = tree.hypernyms
-    return nodes[tree.leaves[nodes].sum(1) <= len(tree.classes) / 2]
 
 
 def leaves_of(tree, nodes, device="cpu"):
@@ -222,20 +183,23 @@ class Responses(NamedTuple):
 @torch.inference_mode()
 def responses_of(profile, k=16, response_rate=0.5):
     """A latent responds to the classes on whose images it fires at least at `response_rate`."""
+    # the classes of the top images: of all of them, and of half A's on which the latent fires
     latents = (profile.fires >= k).nonzero().flatten()
     classes = profile.top_classes[latents]
     top = classes[:, :k]
     empty = profile.images.new_zeros(len(latents), profile.images.shape[1])
+    shown = empty.scatter_add(1, top, torch.ones_like(top, dtype=torch.float32))
     rank = torch.arange(classes.shape[1], device=top.device)
     in_A = (profile.top_halves[latents] == 0) & (rank < profile.fires[latents, None])
     in_A &= in_A.cumsum(1) <= k
+    shown_A = empty.scatter_add(1, classes, in_A.float())
+    # firing rates by class: over all images, over half A, over half B
     counts = torch.cat([profile.counts.sum(0, keepdim=True), profile.counts])[:, latents]
     images = torch.cat([profile.images.sum(0, keepdim=True), profile.images])
     rates = counts / images.clamp(min=1)[:, None]
     responds, responds_A, responds_B = (rates >= response_rate).float()
+    # a class of one image is in one half only, and no latent can be judged by it
     in_both_halves = (profile.images.amin(0) > 0).float()
-    shown = empty.scatter_add(1, top, torch.ones_like(top, dtype=torch.float32))
-    shown_A = empty.scatter_add(1, classes, in_A.float())
     return Responses(latents, top, shown, responds, shown_A * in_both_halves,
                      responds_A * in_both_halves, responds_B, in_both_halves)
 
@@ -259,46 +223,156 @@ def jaccard(responds, leaves):
     return both / either.clamp(min=1)
 
 
-@torch.inference_mode()
-def score_hierarchy(responses, tree):
-    """Score the alive latents on a tree, whose classes are in the order of the labels.
+class Choice(NamedTuple):
+    """Which latent for which hypernym: chosen on half A of the images, judged on half B."""
 
-    A latent *shows* a hypernym if more than half of its top images are under it. For each hypernym
-    the latent is chosen on half A, where it shows it and matches it best, and judged on half B.
+    latent: Array  # (H,) int, which of the alive latents is chosen; -1: none shows the hypernym
+    latent_match: Array  # (H,) its match on half B
+    matched: Array  # (H,) bool, above MATCHED on both halves
+    node: Array  # (A,) int, which of the hypernyms the latent shows and matches best; -1: none
+    node_match: Array  # (A,) its match with it on half B
+
+
+class Placed:
+    """The A alive latents in their places in a tree, whose classes are in the order of the labels.
+    NumPy arrays, computed when first asked for; the metrics below are made of them."""
+
+    def __init__(self, responses, tree):
+        self.responses = responses
+        self.tree = tree
+        self.latents = responses.latents.cpu().numpy()
+        self.hypernyms = tree.hypernyms_to_find  # (H,) nodes
+
+    @cached_property
+    def lch(self):
+        """(A,) int, node: the LCH of the classes of the latent's top images"""
+        return self.tree.lch(self.responses.shown.cpu())
+
+    @cached_property
+    def nodes_that_are_lch(self):
+        """int, each distinct node that is the LCH of a latent, once"""
+        return np.unique(self.tree.lowest[self.lch])
+
+    @cached_property
+    def pair_heights(self):
+        """((A,), (A,)) mean height of the LCH of two top images, as `over_pairs` has it"""
+        return over_pairs(self.responses.top, self.tree.height[self.tree.pair_lch])
+
+    @cached_property
+    def choice(self):
+        """A latent *shows* a hypernym if more than half of its top images are under it. For each
+        hypernym the latent is chosen on half A, where it shows it and matches it best."""
+        responses = self.responses
+        leaves = leaves_of(self.tree, self.hypernyms, responses.top.device)
+        leaves *= responses.in_both_halves  # (H, C)
+        # how well every latent matches every hypernym: on A where it shows it, and on B
+        shows = responses.shown_A @ leaves.T > responses.shown_A.sum(1, keepdim=True) / 2
+        match_A = jaccard(responses.responds_A, leaves) * shows  # (A, H)
+        match_B = jaccard(responses.responds_B, leaves)
+        # a first row and column of zeros is what is chosen where no latent shows a hypernym
+        match_A, match_B = (pad(x, (1, 0, 1, 0)).cpu().numpy() for x in (match_A, match_B))
+        latent = match_A.argmax(0)
+        node = match_A.argmax(1)
+        latent_match = match_B[latent, np.arange(len(latent))]
+        node_match = match_B[np.arange(len(node)), node]
+        matched = (match_A.max(0) > MATCHED) & (latent_match > MATCHED)
+        return Choice(latent[1:] - 1, latent_match[1:], matched[1:], node[1:] - 1, node_match[1:])
+
+    def summary(self):
+        """A row of hierarchy.csv, all metrics: numbers are averaged, True is counted."""
+        row = {}
+        for name, metric in METRICS.items():
+            values = np.asarray(metric.function(self))
+            row[name] = values.sum() if values.dtype == bool else mean_of(values)
+        return row
+
+
+# ---------------------------------------------------------------- the metrics, a function each
+
+
+class Metric(NamedTuple):
+    title: str
+    better: int  # the sign that makes more hierarchy larger; 0: a column and no claim
+    function: Callable
+
+
+METRICS = {}  # by the name of the function, which is the column of hierarchy.csv
+
+
+def metric(title, better=0):
+    """Register a function of `Placed` for all tables, permuted trees, claims, figures. It returns a
+    number per latent (averaged, NaN left out) or True and False per latent or hypernym (counted).
     """
-    device = responses.top.device
-    lch = tree.lch(responses.shown.cpu())
-    pairwise, between = over_pairs(responses.top, tree.height[tree.pair_lch])
-    leaves = leaves_of(tree, lch, device)  # (A, C)
-    coverage = (responses.responds * leaves).sum(1) / leaves.sum(1)
-    single = (1 / responses.responds.sum(1)).nan_to_num(posinf=0)  # the match with a class
-    several = jaccard(responses.responds, leaves_of(tree, tree.hypernyms, device)).amax(1)
+    def register(function):
+        METRICS[function.__name__] = Metric(title, better, function)
+        return function
 
-    nodes = hypernyms_to_find(tree)
-    leaves = leaves_of(tree, nodes, device) * responses.in_both_halves  # (H, C)
-    shows = responses.shown_A @ leaves.T > responses.shown_A.sum(1, keepdim=True) / 2
-    match_A = jaccard(responses.responds_A, leaves) * shows  # (A, H)
-    match_B = jaccard(responses.responds_B, leaves)
-    # a first row and column of zeros is what is chosen where no latent shows a hypernym
-    match_A, match_B = (pad(x, (1, 0, 1, 0)).cpu().numpy() for x in (match_A, match_B))
-    latent = match_A.argmax(0)
-    node = match_A.argmax(1)
-    latent_match = match_B[latent, np.arange(len(latent))]
-    node_match = match_B[np.arange(len(node)), node]
-    matched = (match_A.max(0) > MATCHED) & (latent_match > MATCHED)
-    is_lch = np.unique(tree.lowest[lch])
-    return Scores(
-        responses.latents.cpu().numpy(), lch, tree.height[lch], pairwise, between,
-        coverage.cpu().numpy(), torch.maximum(several, single).cpu().numpy(), node[1:] - 1,
-        node_match[1:], len(is_lch) / len(np.unique(tree.lowest)), nodes, np.isin(nodes, is_lch),
-        latent[1:] - 1, latent_match[1:], matched[1:])
+    return register
 
 
-# ---------------------------------------------------------------- relations among latents
+@metric("alive latents")
+def alive(placed):
+    return np.ones(len(placed.latents), bool)
+
+
+@metric("latents that see one class")
+def single_class(placed):
+    return np.isnan(placed.pair_heights[1])
+
+
+@metric("LCH height")
+def lch_height(placed):
+    return placed.tree.height[placed.lch]
+
+
+@metric("pairwise LCH height", better=-1)
+def lch_height_pairwise(placed):
+    return placed.pair_heights[0]
+
+
+@metric("LCH height between classes", better=-1)
+def lch_height_between(placed):
+    return placed.pair_heights[1]
+
+
+@metric("coverage", better=1)
+def coverage(placed):
+    """|R ∩ leaves(lch)| / |leaves(lch)|, R the classes that a latent responds to"""
+    responds = placed.responses.responds
+    leaves = leaves_of(placed.tree, placed.lch, responds.device)  # (A, C)
+    return ((responds * leaves).sum(1) / leaves.sum(1)).cpu()
+
+
+@metric("match")
+def match(placed):
+    """max over nodes v of |R ∩ leaves(v)| / |R ∪ leaves(v)|"""
+    responds = placed.responses.responds
+    leaves = leaves_of(placed.tree, placed.tree.hypernyms, responds.device)
+    with_a_class = (1 / responds.sum(1)).nan_to_num(posinf=0)
+    return torch.maximum(jaccard(responds, leaves).amax(1), with_a_class).cpu()
+
+
+@metric("ontology covered")
+def ontology_covered(placed):
+    nodes = np.unique(placed.tree.lowest)
+    return np.isin(nodes, placed.nodes_that_are_lch).astype(float)
+
+
+@metric("hypernyms that are an LCH", better=1)
+def hypernyms_lch(placed):
+    return np.isin(placed.hypernyms, placed.nodes_that_are_lch)
+
+
+@metric("hypernyms matched", better=1)
+def hypernyms_matched(placed):
+    return placed.choice.matched
+
+
+# ---------------------------------------------------------------- relations, consistency
 
 
 @torch.inference_mode()
-def relate(encode, read, profile, scores, tree, k=16):
+def relate(encode, read, profile, placed, k=16):
     """Do the latents of general hypernyms fire where those of specific ones do? Columns of
     relations.csv, over the M hypernyms matched; read gives tokens (rows, n) by number.
 
@@ -307,8 +381,9 @@ def relate(encode, read, profile, scores, tree, k=16):
     these images, which are left out of the rates; unrelated: pairs without a common class;
     absorption: 1 - related, how often the general latent is silent.
     """
-    latents = scores.latents[scores.best_latent[scores.matched]]  # (M,)
-    leaves = tree.leaves[scores.nodes[scores.matched]].astype(int)  # (M, C)
+    matched = placed.choice.matched
+    latents = placed.latents[placed.choice.latent[matched]]  # (M,)
+    leaves = placed.tree.leaves[placed.hypernyms[matched]].astype(int)  # (M, C)
     share, expected = np.full((2, len(latents), len(latents)), np.nan)  # [u, v]
     counts = profile.counts[:, latents].sum(0).cpu()  # (M, C)
     for v, latent in enumerate(latents):
@@ -329,9 +404,6 @@ def relate(encode, read, profile, scores, tree, k=16):
     return {"related_pairs": related.sum(), "related": mean, "expected": mean_of(expected[related]),
             "unrelated_pairs": unrelated.sum(), "unrelated": mean_of(share[unrelated]),
             "absorption": 1 - mean}
-
-
-# ---------------------------------------------------------------- consistency of layers
 
 
 def kappa(matched):

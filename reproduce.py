@@ -44,8 +44,8 @@ from kit.rows import emergence_rows, hierarchy_rows, hypernym_rows, latent_rows,
 from kit.tables import write_csv
 from kit.runs import (RANK, RANKS, InputError, barrier, check_disk, code_of, lock, plain_streams,
                       run_as_command, short_hash, to_json, write_aside)
-from metrics import (SAMPLE, TOP, dictionaries_of, kappa, linear_probe, profile_latents,
-                     reconstruct, relate, responses_of, score_hierarchy)
+from metrics import (SAMPLE, TOP, Placed, dictionaries_of, kappa, linear_probe, profile_latents,
+                     reconstruct, relate, responses_of)
 from sae import ActivationBuffer, SAEError, SparseAutoencoder, Training, fast_precision, train_sae
 from taxonomy import TaxonomyError
 
@@ -261,19 +261,18 @@ def score_layer(where, sae, layer, labels, tree, controls, k, response_rate):
     for name, encode, probed in dictionaries_of(sae, sample, mean, seed):
         profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)
         responses = responses_of(profile, k, response_rate)
-        scores = score_hierarchy(responses, tree)
-        permuted = [score_hierarchy(responses, other) for other in controls[: TREES[name]]]
-        by_tree, draws = hierarchy_rows(name, scores, permuted)
+        placed = Placed(responses, tree)
+        permuted = [Placed(responses, other) for other in controls[: TREES[name]]]
+        by_tree, draws = hierarchy_rows(name, placed, permuted)
         rows["hierarchy"] += by_tree
-        related = relate(encode, val.rows_at, profile, scores, tree, k)
+        related = relate(encode, val.rows_at, profile, placed, k)
         rows["relations"].append({"dictionary": name, **related})
         if name == "sae":
             made["permuted_draws"] = draws
-            made["hypernyms"] = hypernym_rows(scores, profile, responses, tree)
-            rows["latents"] = latent_rows(scores, profile, responses, tree)
-            rows["readings"] = reading_rows(profile, [tree, *controls[:10]],
-                                            [scores, *permuted[:10]])
-        del profile, responses  # before the probes take their room
+            made["hypernyms"] = hypernym_rows(placed, profile)
+            rows["latents"] = latent_rows(placed, profile)
+            rows["readings"] = reading_rows(profile, placed, permuted[:10])
+        del profile, responses, placed, permuted  # before the probes take their room
         by_tree, draws = probe_rows(name, probed, train, val, labels, tree, controls[0])
         rows["probes"] += by_tree
         made["iou_draws"][name] = draws

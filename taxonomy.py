@@ -136,6 +136,11 @@ class Taxonomy:
         distinct = self.lowest[order] == order
         return order[distinct & (size[order] >= 2)]
 
+    @functools.cached_property
+    def hypernyms_to_find(self):
+        """(H',) those that a latent can be matched with: of two classes to half of all."""
+        return self.hypernyms[self.leaves[self.hypernyms].sum(1) <= len(self.classes) / 2]
+
     def lch(self, sets):
         """Lowest common hypernyms of M sets of classes: (M, C), non-zero where in the set -> (M,).
 

@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from dinov2_hooks import (HUB, finish, load_backbone, record, relevancy_maps, token_path,
                           transform_of)
 from kit.data import Decoded, find_images
-from metrics import profile_latents, reconstruct, responses_of, score_hierarchy
+from metrics import Placed, profile_latents, reconstruct, responses_of
 from sae import ActivationBuffer, Training, train_sae
 from taxonomy import Taxonomy
 
@@ -75,12 +75,12 @@ if quality.fvu > 1:
 tree = Taxonomy.from_wnids(classes)
 profile = profile_latents(sae.encode, val.batches(2048), labels, len(classes))
 responses = responses_of(profile)
-scores = score_hierarchy(responses, tree)
-names = [tree.names[v] for v in scores.nodes]
-number = names.index("dog.n.01") if "dog.n.01" in names else scores.best_latent_match.argmax()
-assert scores.best_latent[number] >= 0, "no latent shows it: take more images, or steps"
-latent = scores.latents[scores.best_latent[number]]
-print(f"Latent {latent} matches {names[number]} by {scores.best_latent_match[number]:.2f}")
+placed = Placed(responses, tree)
+names = [tree.names[v] for v in placed.hypernyms]
+number = names.index("dog.n.01") if "dog.n.01" in names else placed.choice.latent_match.argmax()
+assert placed.choice.latent[number] >= 0, "no latent shows it: take more images, or steps"
+latent = placed.latents[placed.choice.latent[number]]
+print(f"Latent {latent} matches {names[number]} by {placed.choice.latent_match[number]:.2f}")
 
 # %% [markdown]
 # ## 4. Is it the hierarchy?
@@ -92,10 +92,10 @@ print(f"Latent {latent} matches {names[number]} by {scores.best_latent_match[num
 
 # %%
 order = np.random.default_rng(0).permutation(len(classes))
-control = score_hierarchy(responses, tree.permuted(order))
-for name, each in (("WordNet's tree", scores), ("a permuted tree", control)):
+control = Placed(responses, tree.permuted(order))
+for name, each in (("WordNet's tree", placed), ("a permuted tree", control)):
     print(f"Under {name}: height between classes {each.summary()['lch_height_between']:.2f}, "
-          f"hypernyms matched {each.matched.sum()} of {len(names)}")
+          f"hypernyms matched {each.choice.matched.sum()} of {len(names)}")
 
 # %% [markdown]
 # ## 5. Where the latent looks

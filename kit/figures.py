@@ -2,7 +2,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from kit.claims import MAIN
+from kit.claims import MAIN, claimed
 from kit.probes import UNITS
 from kit.rows import values_of
 
@@ -38,19 +38,32 @@ def band(axis, points, mean, half, colour):
     axis.fill_between(points, mean - half, mean + half, alpha=0.2, color=colour, linewidth=0)
 
 
-def draw_hierarchy(figure, tables, layers):
-    """The main figure: LCH height between classes by layer. The band of permuted trees is two
-    standard deviations wide to either side."""
-    axis = figure.subplots()
+def draw_metric(axis, tables, layers, column):
+    """A metric by layer. The band of permuted trees is two standard deviations to either side."""
     rows = tables["hierarchy"]
     for name in ("sae", "untrained", "neurons"):
-        line(axis, rows, MAIN, STYLES[name], layers, dictionary=name, tree="wordnet")
-    mean = line(axis, rows, MAIN, STYLES["permuted"], layers, dictionary="sae", tree="permuted")
-    where = {"dictionary": "sae", "tree": "permuted_sd"}
-    spread = [values_of(rows, MAIN, layer=layer, **where).mean() for layer in layers]
+        line(axis, rows, column, STYLES[name], layers, dictionary=name, tree="wordnet")
+    where = {"dictionary": "sae", "tree": "permuted"}
+    mean = line(axis, rows, column, STYLES["permuted"], layers, **where)
+    where["tree"] = "permuted_sd"
+    spread = [values_of(rows, column, layer=layer, **where).mean() for layer in layers]
     band(axis, layers, mean, 2 * np.array(spread), "0.4")
+
+
+def draw_hierarchy(figure, tables, layers):
+    """The main figure: LCH height between classes by layer."""
+    axis = figure.subplots()
+    draw_metric(axis, tables, layers, MAIN)
     label_layers(axis, "LCH height between classes, edges (↓ more specific)", layers)
     axis.legend(fontsize=9)
+
+
+def draw_metrics(figure, tables, layers):
+    """Every other metric of which a claim is made."""
+    _, *others = claimed()
+    for axis, (column, metric) in zip(figure.subplots(1, len(others)), others):
+        draw_metric(axis, tables, layers, column)
+        label_layers(axis, f"{metric.title} {'↑' if metric.better > 0 else '↓'}", layers)
 
 
 def draw_probes(figure, tables, layers):
@@ -104,7 +117,7 @@ def save(action, path, *shown, size=(10, 5.5)):
 def draw(folder, tables, layers):
     """Returns the figures that are in the folder: {name: path of the PNG}."""
     paths = {}
-    for action in (draw_hierarchy, draw_probes, draw_layers, draw_training):
+    for action in (draw_hierarchy, draw_metrics, draw_probes, draw_layers, draw_training):
         name = action.__name__.removeprefix("draw_")
         paths[name] = save(action, folder / name, tables, layers)
     return paths

@@ -7,7 +7,6 @@ from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transfor
 from kit import demo
 from kit.data import Split, find_images
 from kit.runs import InputError
-from metrics import hypernyms_to_find
 from sae import top_k_of
 from taxonomy import Taxonomy
 
@@ -53,7 +52,7 @@ def find_inputs(settings, out):
     counts = len(train.names), len(val.names), len(classes)
     note = "{:,} training and {:,} validation images of {:,} classes.".format(*counts)
     print(f"      {note}")
-    if len(hypernyms_to_find(tree)) == 0:
+    if len(tree.hypernyms_to_find) == 0:
         raise InputError(f"--data {settings.data}: no hypernym has two of these {len(classes)} "
                          "classes and at most half of them, so none can be found; give more")
     if settings.top_k > counts[1]:

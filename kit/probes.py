@@ -8,7 +8,7 @@ those of which either is true.
 import numpy as np
 import torch
 
-from metrics import as_labels, hypernyms_to_find, leaves_of, mean_of, sort_rows
+from metrics import as_labels, leaves_of, mean_of, sort_rows
 
 TOKENS = 65_536  # training tokens on which the probes are fitted
 UNITS = (1, 4, 16)  # how many a probe may use
@@ -125,13 +125,13 @@ def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
     counts = (*UNITS, None) if dictionary == "neurons" else UNITS
     units = Units(encode, train, val, labels, C)
     images = torch.bincount(units.val_labels.cpu(), minlength=C)
-    large = tree.leaves[hypernyms_to_find(tree)].sum(1) >= LARGE  # (H,)
+    large = tree.leaves[tree.hypernyms_to_find].sum(1) >= LARGE  # (H,)
     if not large.any():
         large = ~large
     draws = class_draws(C)
     rows = []
     for name, this_tree in (("wordnet", tree), ("permuted", permuted)):
-        leaves = leaves_of(this_tree, hypernyms_to_find(this_tree))
+        leaves = leaves_of(this_tree, this_tree.hypernyms_to_find)
         for count, hits in hypernym_probes(units, leaves, counts).items():
             drawn = iou_of(hits, images, leaves, draws)  # (H, 1 + D)
             if (name, count) == ("wordnet", 1):

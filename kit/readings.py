@@ -2,16 +2,17 @@
 import numpy as np
 import torch
 
-from metrics import leaves_of, mean_of, over_pairs
+from metrics import hypernyms_lch, leaves_of, mean_of, ontology_covered, over_pairs
 
 TOP = (4, 8, 16, 32)  # top images of a latent
 
 
 @torch.inference_mode()
-def readings(profile, tree, scores):
-    """{(claim, reading): mean over alive latents}; scores: of this tree. A height by the depth from
-    the root is negative, so that for all of them less is more specific."""
+def readings(profile, placed):
+    """{(claim, reading): mean over alive latents}. A height by the depth from the root is negative,
+    so that for all of them less is more specific."""
     values = {}
+    tree = placed.tree
     rate = profile.rate  # (m, C)
     heights = {
         "longest path": tree.height, "shortest path": tree.height_shortest, "depth": -tree.depth}
@@ -32,17 +33,17 @@ def readings(profile, tree, scores):
         for name, classes in responds.items():
             share = ((classes * leaves).sum(1) / leaves.sum(1)).cpu().numpy()
             values["coverage", f"of its LCH, R = {name}, k = {k}"] = mean_of(share)
-    values["coverage", "of the ontology, as LCH"] = scores.ontology_covered
-    values["coverage", "of its hypernyms, as LCH"] = mean_of(scores.is_lch)
-    values["coverage", "of its hypernyms, matched"] = mean_of(scores.matched)
+    values["coverage", "of the ontology, as LCH"] = mean_of(ontology_covered(placed))
+    values["coverage", "of its hypernyms, as LCH"] = mean_of(hypernyms_lch(placed))
+    values["coverage", "of its hypernyms, matched"] = mean_of(placed.choice.matched)
     return values
 
 
-def reading_rows(profile, trees, scores):
-    """Rows of readings.csv: the first tree is WordNet's, the others are permuted."""
-    own, *others = [readings(profile, tree, of_tree) for tree, of_tree in zip(trees, scores)]
+def reading_rows(profile, placed, controls):
+    """Rows of readings.csv; controls: the same latents in permuted trees."""
+    others = [readings(profile, control) for control in controls]
     rows = []
-    for (claim, reading), value in own.items():
+    for (claim, reading), value in readings(profile, placed).items():
         permuted = [other[claim, reading] for other in others]
         rows.append({"claim": claim, "reading": reading, "value": value,
                      "permuted": np.mean(permuted)})

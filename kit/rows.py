@@ -9,11 +9,11 @@ def values_of(rows, column, **where):
     return np.array(chosen, float)
 
 
-def hierarchy_rows(dictionary, scores, controls):
+def hierarchy_rows(dictionary, placed, controls):
     """Rows of hierarchy.csv: WordNet's tree, mean and standard deviation over permuted trees, and
-    the hierarchy's part, WordNet's less that mean. And the scores of all permuted trees by column.
+    the hierarchy's part, WordNet's less that mean. And all values under permuted trees by column.
     """
-    columns = scores.summary()
+    columns = placed.summary()
     own = np.array(list(columns.values()), float)
     draws = np.array([list(control.summary().values()) for control in controls], float)
     mean = draws.mean(0)
@@ -24,25 +24,27 @@ def hierarchy_rows(dictionary, scores, controls):
     return rows, dict(zip(columns, draws.T))
 
 
-def hypernym_rows(scores, profile, responses, tree):
+def hypernym_rows(placed, profile):
     """Of a layer: every hypernym that can be found, the most general first, and the latent that was
     chosen for it on half A, if any shows it."""
+    tree = placed.tree
+    nodes = placed.hypernyms
+    choice = placed.choice
     sizes = tree.leaves.sum(1)
-    order = np.lexsort((scores.nodes, -sizes[scores.nodes], -tree.height[scores.nodes]))
     rows = []
-    for h in order:
-        v = scores.nodes[h]
-        i = scores.best_latent[h]
+    for h in np.lexsort((nodes, -sizes[nodes], -tree.height[nodes])):
+        v = nodes[h]
+        i = choice.latent[h]
         row = {"wnid": tree.wnids[v], "name": tree.names[v], "classes": sizes[v],
-               "height": tree.height[v], "matched": scores.matched[h],
+               "height": tree.height[v], "matched": choice.matched[h],
                "best_latent": None, "match": 0.0, "lch": None, "top_images": [],
                "responds_to": []}
         if i >= 0:
-            latent = scores.latents[i]
+            latent = placed.latents[i]
             top_images = profile.top_images[latent, : profile.fires[latent]]
-            row |= {"best_latent": latent, "match": scores.best_latent_match[h],
-                    "lch": tree.names[scores.lch[i]], "top_images": top_images,
-                    "responds_to": responses.responds[i].nonzero().flatten()}
+            row |= {"best_latent": latent, "match": choice.latent_match[h],
+                    "lch": tree.names[placed.lch[i]], "top_images": top_images,
+                    "responds_to": placed.responses.responds[i].nonzero().flatten()}
         rows.append(row)
     return rows
 
@@ -66,19 +68,20 @@ def emergence_rows(layers):
     return merged
 
 
-def latent_rows(scores, profile, responses, tree):
+def latent_rows(placed, profile):
     """A row of latents.csv for every alive latent. It is named on half A by the hypernym that it
     shows and matches best; the match is half B's."""
-    names = np.array(tree.names)
-    hypernyms = [*names[scores.nodes], None]  # last for none
+    names = np.array(placed.tree.names)
+    hypernyms = [*names[placed.hypernyms], None]  # last for none
+    between = placed.pair_heights[1]
     rate = profile.rate
     rows = []
-    for i, latent in enumerate(scores.latents.tolist()):
+    for i, latent in enumerate(placed.latents.tolist()):
         by_rate = rate[latent].argsort(descending=True, stable=True).cpu().numpy()
-        classes = by_rate[: int(responses.responds[i].sum())][:10]
+        classes = by_rate[: int(placed.responses.responds[i].sum())][:10]
         rows.append({
-            "latent": latent, "fires": profile.fires[latent], "lch": names[scores.lch[i]],
-            "lch_height_between": scores.lch_height_between[i],
-            "hypernym": hypernyms[scores.best_node[i]], "match": scores.best_node_match[i],
-            "classes": " ".join(names[tree.classes[classes]])})
+            "latent": latent, "fires": profile.fires[latent], "lch": names[placed.lch[i]],
+            "lch_height_between": between[i], "hypernym": hypernyms[placed.choice.node[i]],
+            "match": placed.choice.node_match[i],
+            "classes": " ".join(names[placed.tree.classes[classes]])})
     return rows

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from kit.claims import MAIN, SCORES
+from kit.claims import MAIN, claimed
 from kit.rows import values_of
 from kit.runs import to_json
 from metrics import mean_of
@@ -42,7 +42,7 @@ def by_layer(tables, layers):
     for layer, dictionary in itertools.product(layers, ("sae", "untrained", "neurons")):
         where = {"layer": layer, "dictionary": dictionary}
         row = where.copy()
-        for column, (name, sign) in SCORES.items():
+        for column, (name, sign, _) in claimed():
             for tree in ("wordnet", "permuted"):
                 values = values_of(tables["hierarchy"], column, tree=tree, **where)
                 row[f"{name} {'↑' if sign > 0 else '↓'}, {tree}"] = over_seeds(values)

@@ -104,8 +104,7 @@ def claims_of_world(world, seed, layers=4, seeds=3, epochs=50, classes=100, imag
     """The rows of claims.csv on a world, and the share of planted directions recovered."""
     tree = Taxonomy.from_wnids(imagenet1k()[:: 1000 // classes])
     trainings = [
-        Training(4, l1=0.2, batch_size=128, epochs=epochs, seed=10 * seed + i)
-        for i in range(seeds)
+        Training(4, l1=0.2, batch_size=128, epochs=epochs, seed=10 * seed + i) for i in range(seeds)
     ]
     controls, scores, shares = reproduce.permuted_trees(tree), {}, []
     with tempfile.TemporaryDirectory() as name:

@@ -11,6 +11,7 @@ import metrics
 from kit.readings import readings
 from kit.rows import emergence_rows, hypernym_rows, latent_rows, matched_sets
 from metrics import (
+    Placed,
     Profile,
     dictionaries_of,
     kappa,
@@ -25,13 +26,13 @@ from sae import ActivationBuffer, SparseAutoencoder
 from taxonomy import Synset, Taxonomy
 
 
-def score_hierarchy(profile, tree, k=16, response_rate=0.5):
-    return metrics.score_hierarchy(responses_of(profile, k, response_rate), tree)
+def place(profile, tree, k=16, response_rate=0.5):
+    return Placed(responses_of(profile, k, response_rate), tree)
 
 
-def chosen(scores):
+def chosen(placed):
     """(H,) the latent of each hypernym; -1 for none."""
-    return np.append(scores.latents, -1)[scores.best_latent]
+    return np.append(placed.latents, -1)[placed.choice.latent]
 
 
 def profile_of(z, labels, classes):
@@ -225,23 +226,28 @@ def hand_made(tree, top, rate, rate_B=None):
 def test_scores_by_hand(
     small_tree, top, rate, lch, height, pairwise, between, coverage, match, match_node
 ):
-    scores = score_hierarchy(hand_made(small_tree, top, rate), small_tree, k=4)
-    assert small_tree.wnids[scores.lch[0]] == lch and scores.lch_height[0] == height
-    assert scores.lch_height_pairwise[0] == pytest.approx(pairwise)
-    assert scores.lch_height_between[0] == pytest.approx(between, nan_ok=True)
-    assert scores.summary()["single_class"] == (top[0] == "t3")
-    assert scores.coverage[0] == pytest.approx(coverage) and scores.match[0] == pytest.approx(match)
+    placed = place(hand_made(small_tree, top, rate), small_tree, k=4)
+    assert small_tree.wnids[placed.lch[0]] == lch and metrics.lch_height(placed)[0] == height
+    assert placed.pair_heights[0][0] == pytest.approx(pairwise)
+    assert placed.pair_heights[1][0] == pytest.approx(between, nan_ok=True)
+    assert placed.summary()["single_class"] == (top[0] == "t3")
+    assert float(metrics.coverage(placed)) == pytest.approx(coverage)
+    assert float(metrics.match(placed)) == pytest.approx(match)
     inner = {"animal", "dog", "cat", "thing"}  # not the root: it has all 8
-    by_name = dict(zip((small_tree.wnids[v] for v in scores.nodes), scores.best_latent_match))
+    by_name = dict(zip((small_tree.wnids[v] for v in placed.hypernyms), placed.choice.latent_match))
     assert set(by_name) == inner and by_name.get(match_node, match) == pytest.approx(match)
-    is_lch = {small_tree.wnids[v] for v, found in zip(scores.nodes, scores.is_lch) if found}
+    is_lch = {
+        small_tree.wnids[v]
+        for v, found in zip(placed.hypernyms, metrics.hypernyms_lch(placed))
+        if found
+    }
     assert is_lch == inner & {lch}
 
 
 def test_matched_needs_responses_and_top_images_on_one_half_and_responses_on_the_other(small_tree):
     def matched(top, rate, rate_B=None):
-        scores = score_hierarchy(hand_made(small_tree, top, rate, rate_B), small_tree, k=4)
-        return {small_tree.wnids[v] for v in scores.nodes[scores.matched]}
+        placed = place(hand_made(small_tree, top, rate, rate_B), small_tree, k=4)
+        return {small_tree.wnids[v] for v in placed.hypernyms[placed.choice.matched]}
 
     assert matched(["d1"] * 4, {"d1": 1}) == set()  # d1 is half of dog: Jaccard 0.5
     three = {"d1": 1, "d2": 1, "c1": 1}
@@ -257,19 +263,19 @@ def test_a_class_with_one_image_is_in_neither_half(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "c1", "c1"], {"d1": 1, "d2": 1, "c1": 1})
     c2 = [small_tree.wnids[v] for v in small_tree.classes].index("c2")
     profile.images[1, c2] = 0
-    scores = score_hierarchy(profile, small_tree, k=4)
-    match = dict(zip((small_tree.wnids[v] for v in scores.nodes), scores.best_latent_match))
+    placed = place(profile, small_tree, k=4)
+    match = dict(zip((small_tree.wnids[v] for v in placed.hypernyms), placed.choice.latent_match))
     assert match["animal"] == 1  # of the three classes that can be judged
 
 
 def test_a_latent_that_fires_on_fewer_than_k_images_is_not_alive(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "d1", "d2"], {"d1": 1, "d2": 1})
     for fires, alive in ((4, 1), (3, 0)):
-        scores = score_hierarchy(profile._replace(fires=torch.tensor([fires])), small_tree, k=4)
-        assert scores.summary()["alive"] == alive
-    summary = scores.summary()
+        placed = place(profile._replace(fires=torch.tensor([fires])), small_tree, k=4)
+        assert placed.summary()["alive"] == alive
+    summary = placed.summary()
     assert summary["hypernyms_lch"] == summary["hypernyms_matched"] == 0
-    assert np.isnan(summary["match"]) and (scores.best_latent == -1).all()
+    assert np.isnan(summary["match"]) and (placed.choice.latent == -1).all()
 
 
 def planted(tree, images_of_class=8, seed=0):
@@ -283,17 +289,17 @@ def test_planted_latents_recover_every_hypernym_of_imagenet():
     tree = Taxonomy.from_wnids(imagenet1k())
     labels, z = planted(tree)
     profile = profile_of(z, labels, 1000)
-    scores = score_hierarchy(profile, tree)
-    assert (scores.match == 1).all() and (scores.best_latent_match == 1).all()
+    placed = place(profile, tree)
+    assert (metrics.match(placed) == 1).all() and (placed.choice.latent_match == 1).all()
     half = tree.leaves[tree.hypernyms].sum(1) <= 500
-    assert scores.summary()["hypernyms_matched"] == len(scores.nodes) == half.sum()
-    assert (scores.nodes == tree.hypernyms[chosen(scores)]).all()
+    assert placed.summary()["hypernyms_matched"] == len(placed.hypernyms) == half.sum()
+    assert (placed.hypernyms == tree.hypernyms[chosen(placed)]).all()
     for latent in range(0, z.shape[1], 37):  # the LCH of top images is at or below the node
-        assert not (tree.leaves[scores.lch[latent]] & ~tree.leaves[tree.hypernyms[latent]]).any()
+        assert not (tree.leaves[placed.lch[latent]] & ~tree.leaves[tree.hypernyms[latent]]).any()
     order = np.random.default_rng(0).permutation(1000)
-    control = score_hierarchy(profile, tree.permuted(order)).summary()
+    control = place(profile, tree.permuted(order)).summary()
     assert control["hypernyms_matched"] < 10  # of only the largest
-    assert control["lch_height_between"] > scores.summary()["lch_height_between"] + 2
+    assert control["lch_height_between"] > placed.summary()["lch_height_between"] + 2
 
 
 def random_profile(seed, latents=30):
@@ -309,7 +315,7 @@ def random_profile(seed, latents=30):
 @pytest.mark.parametrize("seed", range(3))
 def test_held_out_matches_against_sets_of_images(seed):
     tree, labels, z, profile = random_profile(seed)
-    scores = score_hierarchy(profile, tree, k=8, response_rate=0.4)
+    placed = place(profile, tree, k=8, response_rate=0.4)
     halves = [], []
     for c in range(20):
         for i, image in enumerate(np.flatnonzero(labels == c)):
@@ -325,10 +331,10 @@ def test_held_out_matches_against_sets_of_images(seed):
         return len(responds & under) / len(responds | under)
 
     for v, latent, match_B, matched in zip(
-        scores.nodes, chosen(scores), scores.best_latent_match, scores.matched
+        placed.hypernyms, chosen(placed), placed.choice.latent_match, placed.choice.matched
     ):
         on_A = {}
-        for i in scores.latents:
+        for i in placed.latents:
             fires = [image for image in halves[0] if z[image, i] > 0]
             top = sorted(fires, key=lambda image: -z[image, i])[:8]
             if np.mean(tree.leaves[v, labels[top]]) > 0.5 and (value := match(i, v, 0)) > 0:
@@ -339,8 +345,8 @@ def test_held_out_matches_against_sets_of_images(seed):
         assert on_A[latent] == pytest.approx(max(on_A.values()))
         assert match_B == pytest.approx(match(latent, v, 1))
         assert matched == (on_A[latent] > 0.5 and match_B > 0.5)
-    nodes = {tree.lowest[v] for v in scores.lch}
-    assert scores.ontology_covered == len(nodes) / len(set(tree.lowest))
+    nodes = {tree.lowest[v] for v in placed.lch}
+    assert placed.summary()["ontology_covered"] == len(nodes) / len(set(tree.lowest))
 
 
 def test_matches_are_at_chance_when_half_B_is_shuffled():
@@ -348,9 +354,9 @@ def test_matches_are_at_chance_when_half_B_is_shuffled():
     tree, rng = Taxonomy.from_wnids(imagenet1k()[:400:20]), np.random.default_rng(0)
     labels = np.repeat(np.arange(20), 4)
     z = (rng.random((80, 4000)) < 0.3) * rng.random((80, 4000))
-    scores = score_hierarchy(profile_of(z, labels, 20), tree, k=8)
-    assert (scores.best_latent >= 0).sum() > 5  # on A latents enough are found
-    assert scores.summary()["hypernyms_matched"] <= 1
+    placed = place(profile_of(z, labels, 20), tree, k=8)
+    assert (placed.choice.latent >= 0).sum() > 5  # on A latents enough are found
+    assert placed.summary()["hypernyms_matched"] <= 1
 
 
 def test_permuted_trees_against_a_relabelled_graph():
@@ -373,19 +379,20 @@ def test_permuted_trees_against_a_relabelled_graph():
     for c, wnid in enumerate(wnids):
         exchanged[wnid] = Synset(graph[wnid].name, graph[wnids[order[c]]].hypernyms)
     _, _, _, profile = random_profile(5)
-    expected = score_hierarchy(profile, Taxonomy.from_graph(exchanged, wnids), k=8)
-    permuted = score_hierarchy(profile, plain.permuted(order), k=8)
+    expected = place(profile, Taxonomy.from_graph(exchanged, wnids), k=8)
+    permuted = place(profile, plain.permuted(order), k=8)
     assert permuted.summary() == pytest.approx(expected.summary())
-    assert permuted.lch_height_between == pytest.approx(expected.lch_height_between, nan_ok=True)
-    assert permuted.summary() != score_hierarchy(profile, plain, k=8).summary()
-    same = score_hierarchy(profile, plain.permuted(np.arange(20)), k=8)
-    assert same.summary() == score_hierarchy(profile, plain, k=8).summary()
+    for mine, other in zip(permuted.pair_heights, expected.pair_heights):
+        assert mine == pytest.approx(other, nan_ok=True)
+    assert permuted.summary() != place(profile, plain, k=8).summary()
+    same = place(profile, plain.permuted(np.arange(20)), k=8)
+    assert same.summary() == place(profile, plain, k=8).summary()
 
 
 def test_pairwise_heights_and_readings_against_loops():
     tree, _, _, profile = random_profile(1)
-    scores = score_hierarchy(profile, tree)
-    read = readings(profile, tree, scores)
+    placed = place(profile, tree)
+    read = readings(profile, placed)
     assert len([claim for claim, _ in read if claim == "height"]) == 36
     for k in (4, 16):
         alive = np.flatnonzero(profile.fires >= k)
@@ -421,7 +428,7 @@ def test_pairwise_heights_and_readings_against_loops():
             ("coverage", "of its LCH, R = top images", "top"),
         ]:
             assert read[claim, f"{reading}, k = {k}"] == pytest.approx(np.mean(values[name]))
-    summary = scores.summary()
+    summary = placed.summary()
     assert summary["lch_height"] == read["height", "longest path, of the set, k = 16"]
     assert summary["lch_height_between"] == read["height", "longest path, between classes, k = 16"]
 
@@ -432,8 +439,8 @@ def test_relations_on_a_planted_chain_and_on_planted_absorption():
 
     def relations(z):
         profile = profile_of(z, labels, len(tree.classes))
-        scores = score_hierarchy(profile, tree)
-        return relate(lambda x: x, lambda rows: z[rows], profile, scores, tree), scores, profile
+        placed = place(profile, tree)
+        return relate(lambda x: x, lambda rows: z[rows], profile, placed), placed, profile
 
     row, _, _ = relations(z)
     assert row["related"] == row["expected"] == 1 and row["absorption"] == row["unrelated"] == 0
@@ -444,10 +451,10 @@ def test_relations_on_a_planted_chain_and_on_planted_absorption():
     general = torch.from_numpy(tree.leaves[tree.hypernyms].sum(1) > 6)
     z = z * (1 + torch.from_numpy(rng.random(z.shape)))  # so that no two are level
     z = torch.where(silent[:, None] & general, 0, z).float()
-    row, scores, profile = relations(z)
+    row, placed, profile = relations(z)
     shares, expected = [], []
-    for u, latent_u in zip(scores.nodes, chosen(scores)):
-        for v, latent_v in zip(scores.nodes, chosen(scores)):
+    for u, latent_u in zip(placed.hypernyms, chosen(placed)):
+        for v, latent_v in zip(placed.hypernyms, chosen(placed)):
             if u == v or (tree.leaves[v] & ~tree.leaves[u]).any():
                 continue
             top = profile.top_images[latent_v, :16].numpy()
@@ -523,14 +530,14 @@ def test_kappa_by_brute_force():
 
 def test_rows_of_latents_and_of_hypernyms(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "d1", "d1"], {"d1": 1, "d2": 0.6})
-    of_latents = score_hierarchy(profile, small_tree, k=4), profile, responses_of(profile, 4)
-    rows = {row["wnid"]: row for row in hypernym_rows(*of_latents, small_tree)}
+    placed = place(profile, small_tree, k=4)
+    rows = {row["wnid"]: row for row in hypernym_rows(placed, profile)}
     assert list(rows) == ["animal", "thing", "cat", "dog"]
     dog = rows["dog"]
     assert (dog["best_latent"], dog["match"], dog["matched"], dog["lch"]) == (0, 1, True, "dog")
     assert dog["top_images"].tolist() == [0] * 4 and dog["responds_to"].tolist() == [0, 1]
     assert not rows["animal"]["matched"] and rows["cat"]["best_latent"] is None
-    (row,) = latent_rows(*of_latents, small_tree)
+    (row,) = latent_rows(placed, profile)
     assert (row["hypernym"], row["match"], row["classes"]) == ("dog", 1, "d1 d2")
 
 
@@ -541,5 +548,5 @@ def test_gpu_scores_equal_the_cpus():
     for device in ("cpu", "cuda"):
         batches = torch.from_numpy(z).to(device).split(64)
         profile = profile_latents(lambda x: x, batches, labels, 20)
-        summaries.append(score_hierarchy(profile, tree).summary())
+        summaries.append(place(profile, tree).summary())
     assert summaries[0] == pytest.approx(summaries[1])

@@ -6,12 +6,12 @@ import torch
 from conftest import imagenet1k
 
 from kit.probes import Units, best_threshold, class_draws, hypernym_probes, iou_of, probe_rows
-from metrics import hypernyms_to_find, leaves_of
+from metrics import leaves_of
 from sae import ActivationBuffer
 from taxonomy import Taxonomy
 
 TREE = Taxonomy.from_wnids(imagenet1k()[150:270:6])  # 20 dogs
-NODES = hypernyms_to_find(TREE)
+NODES = TREE.hypernyms_to_find
 LEAVES = leaves_of(TREE, NODES)
 ONCE = torch.ones(20, 1)
 

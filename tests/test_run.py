@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, WNIDS, refused, results, small_run, write_images
 
+import metrics
 import reproduce
+from kit import figures
 from kit.inputs import parse_layers
 from kit.tables import over_seeds
 from reproduce import main, parse_settings, trainings_of
@@ -98,6 +100,41 @@ def test_whole_run(data, hub, capsys):
     assert float(layers[1]["fvu"]) == pytest.approx(float(fvu), rel=1e-4)
     deviation = np.sqrt(((train - train.mean(0)) ** 2).sum(1).mean())
     assert float(layers[1]["gamma"]) == pytest.approx(np.linalg.norm(train.mean(0)) / deviation)
+
+
+def test_a_metric_is_one_function(data, hub, monkeypatch):
+    """As a student adds one: it is in the tables, the claims and the figures, unasked."""
+    monkeypatch.setattr("metrics.METRICS", metrics.METRICS.copy())
+    drawn = []
+    real = figures.draw_metric
+    monkeypatch.setattr(
+        figures, "draw_metric", lambda *given: drawn.append(given[-1]) or real(*given)
+    )
+    for name in ("kit.rows", "kit.claims"):
+        monkeypatch.setattr(f"{name}.METRICS", metrics.METRICS, raising=False)
+
+    @metrics.metric("share of the commonest class", better=-1)
+    def commonest(placed):
+        return placed.responses.shown.amax(1) / placed.responses.shown.sum(1)
+
+    @metrics.metric("latents of two classes")
+    def two_classes(placed):
+        return (placed.responses.shown > 0).sum(1) == 2
+
+    assert main(small_run(data, hub)) == 0
+    rows = [row for row in read_csv("hierarchy") if row["tree"] == "wordnet"]
+    assert all(0.25 <= float(row["commonest"]) <= 1 for row in rows)
+    assert all(int(row["two_classes"]) <= int(row["alive"]) for row in rows)
+    claims = {row["claim"] for row in read_csv("claims")}
+    for claim in ("the hierarchy is there", "it grows with depth"):
+        assert f"{claim}, by share of the commonest class (exploratory)" in claims
+    assert "share of the commonest class ↓, permuted" in report_file("tables.md").read_text()
+    assert "commonest" in drawn and "two_classes" not in drawn
+
+
+def report_file(name):
+    (path,) = Path("out/results").glob(f"*/{name}")
+    return path
 
 
 def test_report_is_one_safe_file(data, hub, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reproduce
 from dinov2_hooks import token_path
 from kit.data import find_images
-from metrics import profile_latents, responses_of, score_hierarchy
+from metrics import Placed, profile_latents, responses_of
 from sae import ActivationBuffer, learning_rate, loss_of, train_sae
 from taxonomy import Taxonomy
 
@@ -50,14 +50,14 @@ def trained(train, val, labels, tree, training):
         x_hat, z = sae(x)
     fvu = (x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
     profile = profile_latents(sae.encode, val.batches(2048), labels, len(tree.classes))
-    scores = score_hierarchy(responses_of(profile), tree)
+    placed = Placed(responses_of(profile), tree)
     steps = training.epochs * (train.rows // training.batch_size)
     values = [loss.total, fvu, (z > 0).sum(1).float().mean(), (profile.fires == 0).float().mean()]
     loss, fvu, l0, dead = map(float, values)
     lr = training.lr or learning_rate(len(sae.b_enc), steps)
     return (
         f"| {lr:.2g} | {steps:,} | {training.seed} | {loss:.4f} | {fvu:.4f} | {l0:.1f} | "
-        f"{dead:.1%} | {scores.matched.sum()} |"
+        f"{dead:.1%} | {placed.choice.matched.sum()} |"
     )
 
 
