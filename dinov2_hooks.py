@@ -126,9 +126,11 @@ def check_class_token(model, image, layers):
     CaiT and XCiT, say, the class token joins later, and token 0 is a patch."""
     before = model.cls_token.clone()
     tokens = class_tokens(model, image[None], layers)
-    model.cls_token += 1 + before.abs().mean()
-    moved = class_tokens(model, image[None], layers)
-    model.cls_token.copy_(before)
+    try:
+        model.cls_token += 1 + before.abs().mean()
+        moved = class_tokens(model, image[None], layers)
+    finally:
+        model.cls_token.copy_(before)
     still = [layer for layer, a, b in zip(layers, tokens, moved) if a.equal(b)]
     if still:
         raise BackboneError(f"token 0 is not the class token in layers {still} of this backbone: "
@@ -175,80 +177,166 @@ def token_path(folder, layer):
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; others than before."""
+    """An image that cannot be read; others than before; a damaged file of class tokens."""
+
+
+# While a layer is recorded, layer_NN.part is all of layer_NN.npy, its rows still zeros or in their
+# places, and behind them a byte for each row that says what became of it, written after the row.
+TO_DO, RECORDED, UNREADABLE = range(3)
+
+
+def read_part(path):
+    """((rows, width), offset of the first row, (rows,) marks) of a layer_NN.part; marks is None
+    for one that is finished but for its name. Raises ImageError where it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+            file.seek(start + 2 * shape[0] * shape[1])
+            marks = np.frombuffer(file.read(), np.uint8)
+    except ValueError as error:
+        raise ImageError(damaged(path)) from error
+    behind = os.path.getsize(path) - start - 2 * shape[0] * shape[1]
+    if behind not in (0, shape[0]) or marks.max(initial=0) > UNREADABLE:
+        raise ImageError(damaged(path))
+    return shape, start, marks if behind else None
+
+
+def damaged(path):
+    return (f"{path} is damaged: delete this one file, and the same command records its layer "
+            "again")
+
+
+def write_part(path, rows, tokens, marks):
+    """Write some rows (B,), rising, of tokens (B, n) in fp16, and then their marks (B,)."""
+    (N, width), start, _ = read_part(path)
+    runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
+    with open(path, "r+b") as file:
+        for offset, size, values in ((start, 2 * width, tokens), (start + 2 * width * N, 1, marks)):
+            for run in runs:  # of consecutive rows
+                file.seek(offset + size * rows[run[0]])
+                file.write(values[run].tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # no mark reaches the disk before its row
+
+
+def write_header(file, rows, width):
+    header = {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 @torch.inference_mode()
 def record(model, images, folder, layers, precision="float32", workers=0, rank=0, ranks=1,
-           skip_bad=False):
-    """Write the class tokens of a dataset in fp16, a file for each layer and chunk of rows, of
-    which `finish` makes layer_NN.npy. Goes on where it was interrupted: chunks that are there stay.
+           skip_bad=False, ready=lambda: None):
+    """Write the class tokens of a dataset in fp16, a file for each layer, which `finish` makes into
+    layer_NN.npy. Goes on where it was interrupted, by any number of processes.
 
     images  each item is a pair: the image (3, H, W), and why it could not be read, "" if it could.
             Raises ImageError for one that could not; with skip_bad `finish` leaves its row out
-    rank    number of this process; it records each chunk whose number modulo `ranks` that is
+    rank    number of this process, of `ranks`
+    ready   called once the files are there: several processes wait here for the first
 
     Raises BackboneError for a token that is not finite in fp16.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [token_path(folder, layer).with_suffix(".part") for layer in layers]
+    N = len(images)
+    width = model.cls_token.shape[-1]
     device = model.cls_token.device
-    size = CHUNK * BATCH
-    chunks = []  # the files of each, by layer
-    rows = []
-    for start in range(rank * size, len(images), ranks * size):
-        paths = [Path(folder, f"{layer_name(layer)}.{start:09}.part") for layer in layers]
-        if not all(path.exists() for path in paths):
-            chunks.append(paths)
-            rows += range(start, min(start + size, len(images)))
-    loader = DataLoader(images, BATCH, sampler=rows, num_workers=workers,
+    # the first process makes the files, in their full size and with all rows to do
+    if rank == 0:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                def empty(file):
+                    write_header(file, N, width)
+                    file.truncate(file.tell() + N * (2 * width + 1))
+                write_aside(path, empty)
+    ready()
+    # of the rows that any layer lacks, this process takes every ranks-th chunk
+    pending = np.zeros(N, bool)
+    for path in paths:
+        shape, _, marks = read_part(path)
+        if marks is not None:
+            if shape != (N, width):
+                raise ImageError(f"{path} is of {shape[0]} images and tokens of width {shape[1]}, "
+                                 f"not {N} and {width}: delete this file")
+            pending |= marks == TO_DO
+    rows = np.flatnonzero(pending & (np.arange(N) // (CHUNK * BATCH) % ranks == rank))
+    loader = DataLoader(images, BATCH, sampler=rows.tolist(), num_workers=workers,
                         pin_memory=device.type == "cuda", timeout=600 if workers else 0)
     recorded = []
+    marks = []
     loader = tqdm(loader, f"      {folder}", unit="batch", disable=rank > 0)
     for n, (batch, reasons) in enumerate(loader, 1):
+        # all layers in one pass; a token that fp16 cannot hold stops the run
         tokens = class_tokens(model, batch.to(device, non_blocking=True), layers, precision)
         tokens = tokens.half().cpu()
         for position, i in (~tokens.isfinite().all(2)).nonzero().tolist():
             raise BackboneError(
                 f"layer {layers[position]}, image {rows[(n - 1) * BATCH + i]}: the class token is "
                 "not finite in fp16; try --precision float32, or leave out this layer (--layers)")
-        for i, reason in enumerate(reasons):
+        # what could not be read stops it too, or is said and marked
+        for reason in reasons:
             if reason and not skip_bad:
                 raise ImageError(reason)
             if reason:
                 print(f"      left out: {' '.join(reason.split())}")
-                tokens[:, i] = torch.nan
+            marks.append(UNREADABLE if reason else RECORDED)
+        # to the disk, rows first: an interruption loses a chunk of batches at most
         recorded.append(tokens)
         if n % CHUNK == 0 or n == len(loader):
-            for path, chunk in zip(chunks.pop(0), torch.cat(recorded, dim=1).numpy()):
-                _write(path, lambda file: np.save(file, chunk))
+            chunk = torch.cat(recorded, dim=1).numpy()  # (L, B, n)
+            stop = (n - 1) * BATCH + len(batch)
+            for path, of_layer in zip(paths, chunk):
+                write_part(path, rows[stop - len(marks) : stop], of_layer,
+                           np.array(marks, np.uint8))
             recorded.clear()
+            marks.clear()
 
 
-def _write(path, save):
-    """Written aside and renamed: whole or not there, whenever the process is killed."""
-    with open(path.with_suffix(".new"), "wb") as file:
-        save(file)
-    path.with_suffix(".new").replace(path)
+def write_aside(path, write):
+    """write(file), aside and renamed: whole or not there, whenever the process is killed."""
+    aside = path.with_suffix(".new")
+    with open(aside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def finish(folder, layers):
-    """After all ranks: chunks -> layer_NN.npy, without the rows of unreadable images, whose numbers
-    are in left_out.json. Raises ImageError where no image could be read, or others than before."""
+    """After all processes: layer_NN.part -> layer_NN.npy, without the rows of unreadable images,
+    whose numbers are in left_out.json. Raises ImageError where a row is missing, no image could be
+    read, or others than for earlier layers."""
     noted = Path(folder, "left_out.json")
     for layer in layers:
-        parts = sorted(Path(folder).glob(f"{layer_name(layer)}.*.part"))
-        tokens = np.concatenate([np.load(part) for part in parts])
-        bad = np.isnan(tokens[:, 0])
-        if bad.all():
-            raise ImageError(f"none of the {len(bad)} images can be read")
-        text = json.dumps(np.flatnonzero(bad).tolist())
-        if noted.exists() and noted.read_text() != text:
-            raise ImageError(f"other images could be read when earlier layers of {folder} were "
-                             "recorded: delete that folder, and saes and scores")
-        noted.write_text(text)
-        _write(token_path(folder, layer), lambda file: np.save(file, tokens[~bad]))
-        for part in parts:
-            part.unlink()
+        path = token_path(folder, layer).with_suffix(".part")
+        (N, width), start, marks = read_part(path)
+        if marks is not None:
+            # every row has to be recorded, and the same images in all layers
+            if (marks == TO_DO).any():
+                raise ImageError(f"{(marks == TO_DO).sum()} rows of {path} are not recorded yet")
+            bad = marks == UNREADABLE
+            if bad.all():
+                raise ImageError(f"none of the {N} images can be read")
+            text = json.dumps(np.flatnonzero(bad).tolist()).encode()
+            if noted.exists() and noted.read_bytes() != text:
+                raise ImageError(f"other images could be read when earlier layers of {folder} were "
+                                 "recorded: delete that folder, or mend what changed")
+            write_aside(noted, lambda file: file.write(text))
+            # without the marks, and without the rows that are left out, in pieces
+            if bad.any():
+                tokens = np.load(path, mmap_mode="r")
+
+                def readable(file):
+                    write_header(file, int((~bad).sum()), width)
+                    for piece in np.array_split(np.flatnonzero(~bad), 1 + N // 65_536):
+                        file.write(tokens[piece].tobytes())
+                write_aside(path, readable)
+            else:
+                os.truncate(path, start + 2 * N * width)
+        path.replace(token_path(folder, layer))
 
 
 class _KeepAttention(TorchFunctionMode):

@@ -166,7 +166,7 @@ def record_tokens(settings, inputs, folder, about):
             check_class_token(model, torch.rand(3, side, side, device=settings.device), missing)
             images = Decoded(split, inputs.transform)
             record(model, images, folder / name, missing, about["precision"], workers, RANK, RANKS,
-                   settings.skip_bad_images)
+                   settings.skip_bad_images, ready=barrier)
         barrier()
         if RANK == 0 and missing:
             finish(folder / name, missing)

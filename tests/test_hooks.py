@@ -1,8 +1,10 @@
 """Hooks against DINOv2's own get_intermediate_layers, timm and a forward pass by hand."""
 
 import functools
+import os
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,13 +127,18 @@ def test_recording_goes_on_where_it_was_interrupted(vit, tmp_path, monkeypatch):
     images.fails_at = 9
     with pytest.raises(Stop):
         record(vit, images, tmp_path, [0, 2])
-    (tmp_path / "layer_02.000000004.part").unlink()  # a kill between the files of a chunk
-    (tmp_path / "layer_02.000000004.new").write_bytes(b"half")
-    images.fails_at = 3  # the first chunk is there: it is not asked for again
+    with open(tmp_path / "layer_02.part", "r+b") as file:  # a kill between rows and marks
+        file.seek(-6, 2)
+        file.write(bytes(6))
+    monkeypatch.setattr(dinov2_hooks, "BATCH", 3)  # as after a card ran out of memory
+    images.fails_at = 3  # the first rows are there: they are not asked for again
     record(vit, images, tmp_path, [0, 2])
     images.fails_at = None
-    for rank in (1, 0):  # in any order of two processes
+    for rank in (0, 1):
         record(vit, images, tmp_path / "shared", [0, 2], rank=rank, ranks=2)
+        if rank == 0:
+            with pytest.raises(ImageError, match="5 rows of .*layer_00.part are not recorded yet"):
+                finish(tmp_path / "shared", [0, 2])
     for folder in (tmp_path, tmp_path / "shared"):
         finish(folder, [0, 2])
         assert {path.name for path in folder.glob("layer*")} == {"layer_00.npy", "layer_02.npy"}
@@ -160,6 +167,69 @@ def test_images_that_cannot_be_read(vit, tmp_path, capsys):
     record(vit, Images([(blank, "all are")] * 3), tmp_path / "none", [2], skip_bad=True)
     with pytest.raises(ImageError, match="none of the 3 images can be read"):
         finish(tmp_path / "none", [2])
+
+
+def test_a_damaged_file_is_named(vit, tmp_path):
+    images = Images(torch.randn(5, 3, 16, 16))
+    record(vit, images, tmp_path, [0, 1])
+    path = tmp_path / "layer_01.part"
+    whole = path.read_bytes()
+    for content in (b"", whole[:50], whole[:300], whole[:-1], whole + b"\0", whole[:-1] + b"\7"):
+        path.write_bytes(content)
+        for action in (
+            lambda: record(vit, images, tmp_path, [0, 1]),
+            lambda: finish(tmp_path, [1]),
+        ):
+            with pytest.raises(ImageError, match="layer_01.part is damaged: delete this one file"):
+                action()
+    path.write_bytes(whole)
+    with pytest.raises(ImageError, match="layer_00.part is of 5 images .* not 4 and 24: delete"):
+        record(vit, Images(torch.randn(4, 3, 16, 16)), tmp_path, [0, 1])
+    path.unlink()  # the way out
+    record(vit, images, tmp_path, [0, 1])
+    finish(tmp_path, [0, 1])
+    assert len(np.load(tmp_path / "layer_01.npy")) == 5
+
+
+@pytest.mark.parametrize("unreadable", [[], [1, 4]])
+def test_killed_while_finishing(vit, tmp_path, monkeypatch, unreadable):
+    """Before each renaming and cutting in turn: the same files in the end."""
+    images = Images(torch.randn(6, 3, 16, 16))
+    for i in unreadable:
+        images[i] = torch.zeros(3, 16, 16), "broken"
+    for folder in ("whole", "killed"):
+        record(vit, images, tmp_path / folder, [1, 2], skip_bad=True)
+    finish(tmp_path / "whole", [1, 2])
+
+    class Kill(BaseException):
+        pass
+
+    left = [0]
+
+    def dying(real):
+        def called(*given):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Kill
+            return real(*given)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dying(Path.replace))
+        patch.setattr("os.truncate", dying(os.truncate))
+        kills = 0
+        for left[0] in range(9):
+            made = {path.name for path in (tmp_path / "killed").glob("*.npy")}
+            missing = [n for n in (1, 2) if f"layer_{n:02d}.npy" not in made]
+            try:
+                record(vit, images, tmp_path / "killed", missing, skip_bad=True)
+                finish(tmp_path / "killed", missing)
+            except Kill:
+                kills += 1
+    assert kills >= 3
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
