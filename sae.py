@@ -11,6 +11,7 @@
 Shift and scale come from the training tokens, give x̃ a mean squared norm of one (so that λ means
 the same in every layer and at every width), and are kept inside the SAE: raw tokens in and out.
 """
+import itertools
 import re
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from tqdm import tqdm
 
+POOL = 4 * 2**30  # bytes of tokens that training has in memory
 WINDOWS = 20  # of the steps of a training, each a row of its history
 HISTORY = "step", "loss", "reconstruction", "sparsity", "l0", "dead"
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
@@ -40,14 +42,20 @@ class Statistics(NamedTuple):
 
 
 class ActivationBuffer:
-    """The tokens of one layer: an .npy file (N, n), mapped; training takes all of it into memory:
-    3.9 GB for ImageNet-1k at width 1536."""
+    """The tokens of one layer: an .npy file (N, n), mapped, its rows in random order.
+
+    Training takes a pool of consecutive rows into memory at a time, at most POOL bytes of them:
+    all of ImageNet-1k at width 1536, which is 3.9 GB.
+    """
 
     def __init__(self, path, device="cpu"):
         self.tokens = np.load(path, mmap_mode="r")
         self.device = device
         self.rows, self.width = self.tokens.shape
-        self.in_memory = None
+        count = -(-self.tokens.nbytes // POOL)
+        self.pools = np.linspace(0, self.rows, count + 1).astype(int)  # where each begins and ends
+        self.pool = None  # of rows, on the device
+        self.pool_start = None
 
     def _read(self, rows):
         piece = np.array(self.tokens[rows], order="C")  # also of a file stored column by column
@@ -55,16 +63,23 @@ class ActivationBuffer:
 
     def batches(self, batch_size, generator=None):
         """One epoch of batches (B, n) in float32: without a torch.Generator all rows in order, with
-        one shuffled, and only whole batches."""
+        one shuffled within each pool, and only whole batches."""
         if generator is None:
             for start in range(0, self.rows, batch_size):
                 yield self.rows_at(slice(start, start + batch_size))
             return
-        if self.in_memory is None:
-            self.in_memory = self._read(slice(None))
-        order = torch.randperm(self.rows, generator=generator).to(self.device)
-        for rows in order.split(batch_size)[: self.rows // batch_size]:
-            yield self.in_memory[rows].float()
+        for start, stop in itertools.pairwise(self.pools.tolist()):
+            if self.pool_start != start:
+                self.pool = None  # two at a time would take twice the memory
+                self.pool = self._read(slice(start, stop))
+                self.pool_start = start
+            order = torch.randperm(stop - start, generator=generator).to(self.device)
+            for rows in order.split(batch_size)[: (stop - start) // batch_size]:
+                yield self.pool[rows].float()
+
+    def batches_of_an_epoch(self, batch_size):
+        """How many whole batches there are."""
+        return int((np.diff(self.pools) // batch_size).sum())
 
     def rows_at(self, rows):
         """The tokens (B, n) of some rows, in float32."""
@@ -233,7 +248,7 @@ def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
     generator = torch.Generator().manual_seed(settings.seed)
     B = settings.batch_size
     low = settings.precision == "bfloat16"
-    steps = settings.epochs * (buffer.rows // B)
+    steps = settings.epochs * buffer.batches_of_an_epoch(B)
     if steps == 0:
         raise SAEError(f"a batch of {B} is larger than the {buffer.rows} training tokens")
     lr = settings.lr or learning_rate(len(sae.b_enc), steps)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dinov2_hooks import class_tokens, load_backbone, relevancy_maps
-from sae import ActivationBuffer, Statistics, Training, train_sae
+from sae import Statistics, Training, train_sae
 
 ROWS = 1_281_167  # of ImageNet-1k's training images
 
@@ -37,17 +37,28 @@ class Memory(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class Pool:
+    """A buffer of ImageNet's tokens, without values."""
+
+    device = "cpu"
+    rows = ROWS
+
+    def batches_of_an_epoch(self, batch_size):
+        return 3
+
+    def batches(self, batch_size, generator):
+        pool = torch.empty(ROWS, 1536, dtype=torch.float16)
+        for _ in range(3):
+            yield pool[:batch_size].float()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_papers_sae_trains_in_little_memory(precision, monkeypatch):
     monkeypatch.setattr("torch.nn.Module.to", lambda module, device: module)
-    training = Training(epochs=1, precision=precision)
-    buffer = ActivationBuffer.__new__(ActivationBuffer)
-    buffer.rows, buffer.device = 3 * 4096, "cpu"
     with FakeTensorMode(), Memory() as memory:
-        buffer.in_memory = torch.empty(ROWS, 1536, dtype=torch.float16)
         statistics = Statistics(*torch.zeros(2, 1536, dtype=torch.float64), 1.0, 1.0)
-        with pytest.raises(DataDependentOutputException):  # after the last step
-            train_sae(buffer, training, statistics)
+        with pytest.raises(DataDependentOutputException):  # at the first row of its history
+            train_sae(Pool(), Training(epochs=1, precision=precision), statistics)
     tokens = 2 * 1536 * ROWS
     weights = 4 * 2 * 12288 * 1536  # themselves, their gradients, two moments of Adam
     assert tokens + 4 * weights < memory.peak < 1.5 * (tokens + 4 * weights) < 8.5e9

@@ -183,17 +183,24 @@ def test_same_seed_same_weights(buffer):
     assert not torch.equal(first.W_dec, other.W_dec)
 
 
-def test_buffer_batches(buffer):
+@pytest.mark.parametrize("pools", [1, 3])
+def test_buffer_batches(buffer, tmp_path, monkeypatch, pools):
+    monkeypatch.setattr(sae_module, "POOL", buffer.tokens.nbytes // pools + 1)
+    buffer = ActivationBuffer(tmp_path / "tokens.npy")
     tokens = torch.from_numpy(np.array(buffer.tokens)).float()
     assert torch.equal(torch.cat(list(buffer.batches(64))), tokens)
     epochs = []
     for seed in (0, 1, 0):
-        batches = buffer.batches(32, torch.Generator().manual_seed(seed))
-        epochs.append(torch.cat(list(batches)))
-    rows = {row.tobytes() for row in tokens.numpy()}
+        batches = list(buffer.batches(32, torch.Generator().manual_seed(seed)))
+        assert len(batches) == buffer.batches_of_an_epoch(32)
+        epochs.append(torch.cat(batches))
+    rows = {row.tobytes(): i for i, row in enumerate(tokens.numpy())}
     for epoch in epochs:
-        drawn = [row.tobytes() for row in epoch.numpy()]
-        assert len(drawn) == len(set(drawn)) == 672 and set(drawn) <= rows  # whole batches
+        drawn = [rows[row.tobytes()] for row in epoch.numpy()]
+        assert len(drawn) == len(set(drawn)) == 672  # whole batches
+        # pool after pool, each shuffled
+        pool = np.searchsorted(buffer.pools, drawn, side="right") - 1
+        assert (np.diff(pool) >= 0).all() and pool[-1] == pools - 1 and drawn != sorted(drawn)
     assert not torch.equal(*epochs[:2]) and torch.equal(epochs[0], epochs[2])
 
 

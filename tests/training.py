@@ -51,7 +51,7 @@ def trained(train, val, labels, tree, training):
     fvu = (x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
     profile = profile_latents(sae.encode, val.batches(2048), labels, len(tree.classes))
     placed = Placed(responses_of(profile), tree)
-    steps = training.epochs * (train.rows // training.batch_size)
+    steps = training.epochs * train.batches_of_an_epoch(training.batch_size)
     values = [loss.total, fvu, (z > 0).sum(1).float().mean(), (profile.fires == 0).float().mean()]
     loss, fvu, l0, dead = map(float, values)
     lr = training.lr or learning_rate(len(sae.b_enc), steps)
@@ -74,7 +74,7 @@ def main(run, data, layers, activation="relu", precision="float32", seeds="3"):
         default = replace(default, precision=precision)
         longer = replace(default, epochs=10 * default.epochs)
         latents = default.expansion * train.width
-        rate = learning_rate(latents, longer.epochs * (train.rows // longer.batch_size))
+        rate = learning_rate(latents, longer.epochs * train.batches_of_an_epoch(longer.batch_size))
         trainings = [replace(default, seed=seed) for seed in range(int(seeds))]
         trainings += [replace(default, lr=lr) for lr in GRID]
         trainings += [replace(longer, lr=factor * rate) for factor in (1, 0.5)]
