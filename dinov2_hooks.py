@@ -185,45 +185,52 @@ class ImageError(ValueError):
 TO_DO, RECORDED, UNREADABLE = range(3)
 
 
+def part_path(folder, layer):
+    return token_path(folder, layer).with_suffix(".part")
+
+
 def read_part(path):
-    """((rows, width), offset of the first row, (rows,) marks) of a layer_NN.part; marks is None
-    for one that is finished but for its name. Raises ImageError where it is damaged."""
+    """(tokens, mapped (rows, width); marks (rows,)), of which there are none in a file that is
+    finished but for its name. Raises ImageError where it is damaged."""
     try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, _ = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-            file.seek(start + 2 * shape[0] * shape[1])
-            marks = np.frombuffer(file.read(), np.uint8)
-    except ValueError as error:
-        raise ImageError(damaged(path)) from error
-    behind = os.path.getsize(path) - start - 2 * shape[0] * shape[1]
-    if behind not in (0, shape[0]) or marks.max(initial=0) > UNREADABLE:
-        raise ImageError(damaged(path))
-    return shape, start, marks if behind else None
+        tokens = np.load(path, mmap_mode="r")
+        marks = np.fromfile(path, np.uint8, offset=tokens.offset + tokens.nbytes)
+    except (ValueError, EOFError):
+        tokens, marks = (), [np.inf]
+    if len(marks) and (len(marks) != len(tokens) or max(marks) > UNREADABLE):
+        raise ImageError(f"{path} is damaged: delete this one file, and the same command records "
+                         "its layer again")
+    return tokens, marks
 
 
-def damaged(path):
-    return (f"{path} is damaged: delete this one file, and the same command records its layer "
-            "again")
+def rows_to_do(folder, layer, rows):
+    """How many of a layer's rows are not recorded yet."""
+    path = part_path(folder, layer)
+    return int((read_part(path)[1] == TO_DO).sum()) if path.exists() else rows
 
 
-def write_part(path, rows, tokens, marks):
+def allocate(path, rows, width, marks):
+    """An .npy file of zeros with so many bytes behind it, by another name. Returns that and where
+    its rows begin."""
+    aside = path.with_suffix(".new")
+    offset = np.lib.format.open_memmap(aside, "w+", np.float16, (rows, width)).offset
+    os.truncate(aside, offset + 2 * rows * width + marks)
+    return aside, offset
+
+
+def write_rows(path, rows, tokens, marks):
     """Write some rows (B,), rising, of tokens (B, n) in fp16, and then their marks (B,)."""
-    (N, width), start, _ = read_part(path)
+    offset = np.load(path, mmap_mode="r").offset
+    size = os.path.getsize(path)
+    N = (size - offset) // (2 * tokens.shape[1] + 1)
     runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
-    with open(path, "r+b") as file:
-        for offset, size, values in ((start, 2 * width, tokens), (start + 2 * width * N, 1, marks)):
+    with open(path, "r+b") as file:  # a full disk would kill a process that writes to a memory map
+        for start, values in ((offset, tokens), (size - N, marks)):
             for run in runs:  # of consecutive rows
-                file.seek(offset + size * rows[run[0]])
+                file.seek(start + rows[run[0]] * values[0].nbytes)
                 file.write(values[run].tobytes())
             file.flush()
             os.fsync(file.fileno())  # no mark reaches the disk before its row
-
-
-def write_header(file, rows, width):
-    header = {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 @torch.inference_mode()
@@ -239,29 +246,25 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
 
     Raises BackboneError for a token that is not finite in fp16.
     """
-    paths = [token_path(folder, layer).with_suffix(".part") for layer in layers]
+    paths = [part_path(folder, layer) for layer in layers]
     N = len(images)
     width = model.cls_token.shape[-1]
     device = model.cls_token.device
     # the first process makes the files, in their full size and with all rows to do
     if rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                def empty(file):
-                    write_header(file, N, width)
-                    file.truncate(file.tell() + N * (2 * width + 1))
-                write_aside(path, empty)
+                allocate(path, N, width, N)[0].replace(path)
     ready()
     # of the rows that any layer lacks, this process takes every ranks-th chunk
     pending = np.zeros(N, bool)
     for path in paths:
-        shape, _, marks = read_part(path)
-        if marks is not None:
-            if shape != (N, width):
-                raise ImageError(f"{path} is of {shape[0]} images and tokens of width {shape[1]}, "
-                                 f"not {N} and {width}: delete this file")
-            pending |= marks == TO_DO
+        tokens, marks = read_part(path)
+        if len(marks) and tokens.shape != (N, width):
+            raise ImageError(f"{path} is of {len(tokens)} images and tokens of width "
+                             f"{tokens.shape[1]}, not {N} and {width}: delete this file")
+        pending[: len(marks)] |= marks == TO_DO
     rows = np.flatnonzero(pending & (np.arange(N) // (CHUNK * BATCH) % ranks == rank))
     loader = DataLoader(images, BATCH, sampler=rows.tolist(), num_workers=workers,
                         pin_memory=device.type == "cuda", timeout=600 if workers else 0)
@@ -289,20 +292,10 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
             chunk = torch.cat(recorded, dim=1).numpy()  # (L, B, n)
             stop = (n - 1) * BATCH + len(batch)
             for path, of_layer in zip(paths, chunk):
-                write_part(path, rows[stop - len(marks) : stop], of_layer,
+                write_rows(path, rows[stop - len(marks) : stop], of_layer,
                            np.array(marks, np.uint8))
             recorded.clear()
             marks.clear()
-
-
-def write_aside(path, write):
-    """write(file), aside and renamed: whole or not there, whenever the process is killed."""
-    aside = path.with_suffix(".new")
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def finish(folder, layers):
@@ -311,31 +304,34 @@ def finish(folder, layers):
     read, or others than for earlier layers."""
     noted = Path(folder, "left_out.json")
     for layer in layers:
-        path = token_path(folder, layer).with_suffix(".part")
-        (N, width), start, marks = read_part(path)
-        if marks is not None:
+        path = part_path(folder, layer)
+        tokens, marks = read_part(path)
+        if len(marks):
             # every row has to be recorded, and the same images in all layers
-            if (marks == TO_DO).any():
+            if TO_DO in marks:
                 raise ImageError(f"{(marks == TO_DO).sum()} rows of {path} are not recorded yet")
-            bad = marks == UNREADABLE
-            if bad.all():
-                raise ImageError(f"none of the {N} images can be read")
-            text = json.dumps(np.flatnonzero(bad).tolist()).encode()
-            if noted.exists() and noted.read_bytes() != text:
+            readable = np.flatnonzero(marks == RECORDED)
+            if len(readable) == 0:
+                raise ImageError(f"none of the {len(marks)} images can be read")
+            left_out = json.dumps(np.flatnonzero(marks == UNREADABLE).tolist())
+            if noted.exists() and noted.read_text() != left_out:
                 raise ImageError(f"other images could be read when earlier layers of {folder} were "
-                                 "recorded: delete that folder, or mend what changed")
-            write_aside(noted, lambda file: file.write(text))
+                                 "recorded: put these images back, or delete that folder")
+            noted.with_suffix(".new").write_text(left_out)
+            noted.with_suffix(".new").replace(noted)
             # without the marks, and without the rows that are left out, in pieces
-            if bad.any():
-                tokens = np.load(path, mmap_mode="r")
-
-                def readable(file):
-                    write_header(file, int((~bad).sum()), width)
-                    for piece in np.array_split(np.flatnonzero(~bad), 1 + N // 65_536):
+            if len(readable) < len(marks):
+                aside, offset = allocate(path, len(readable), tokens.shape[1], 0)
+                with open(aside, "r+b") as file:
+                    file.seek(offset)
+                    for piece in np.array_split(readable, 1 + len(readable) // 65_536):
                         file.write(tokens[piece].tobytes())
-                write_aside(path, readable)
+                del tokens  # Windows replaces and cuts no file that is mapped
+                aside.replace(path)
             else:
-                os.truncate(path, start + 2 * N * width)
+                end = tokens.offset + tokens.nbytes
+                del tokens
+                os.truncate(path, end)
         path.replace(token_path(folder, layer))
 
 

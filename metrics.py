@@ -340,7 +340,7 @@ def coverage(placed):
     """|R ∩ leaves(lch)| / |leaves(lch)|, R the classes that a latent responds to"""
     responds = placed.responses.responds
     leaves = leaves_of(placed.tree, placed.lch, responds.device)  # (A, C)
-    return ((responds * leaves).sum(1) / leaves.sum(1)).cpu()
+    return ((responds * leaves).sum(1) / leaves.sum(1)).cpu().numpy()
 
 
 @metric("match")
@@ -349,7 +349,7 @@ def match(placed):
     responds = placed.responses.responds
     leaves = leaves_of(placed.tree, placed.tree.hypernyms, responds.device)
     with_a_class = (1 / responds.sum(1)).nan_to_num(posinf=0)
-    return torch.maximum(jaccard(responds, leaves).amax(1), with_a_class).cpu()
+    return torch.maximum(jaccard(responds, leaves).amax(1), with_a_class).cpu().numpy()
 
 
 @metric("ontology covered")

@@ -16,9 +16,7 @@ torchrun --nproc-per-node 8 reproduce.py ...  shares images, layers and seeds am
 import argparse
 import csv
 import itertools
-import json
 import os
-import pickle
 import re
 import sys
 import time
@@ -30,30 +28,30 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: else busy machi
 import numpy as np
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, finish, layer_name,
-                          record, token_path)
-from kit import hub, report
+                          record, rows_to_do, token_path)
+from kit import hub, made_of, report
 from kit.claims import claims_of
 from kit.data import Decoded, fingerprint, workers_for
+from kit.files import RANK, InputError, check_disk, lock, write_aside
 from kit.inputs import find_inputs, where_to
-from kit.probes import probe_rows
-from kit.readings import reading_rows
-from kit.rows import emergence_rows, hierarchy_rows, hypernym_rows, latent_rows, matched_sets
+from kit.processes import RANKS, barrier, plain_streams, run_as_command
+from kit.rows import emergence_rows, matched_sets
+from kit.scores import open_layer, permuted_trees, score_layer
 from kit.tables import write_csv
-from kit.runs import (RANK, RANKS, InputError, barrier, check_disk, code_of, lock, plain_streams,
-                      run_as_command, short_hash, to_json, write_aside)
-from metrics import (SAMPLE, TOP, Placed, dictionaries_of, kappa, linear_probe, profile_latents,
-                     reconstruct, relate, responses_of)
-from sae import ActivationBuffer, SAEError, SparseAutoencoder, Training, fast_precision, train_sae
+from metrics import TOP, kappa
+from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
+                 fast_precision, train_sae)
 from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
-VAL_BATCH = 2048  # tokens scored at once
-TREES = {"sae": 40, "neurons": 10, "untrained": 10}  # how many permuted trees
-SCORING = [  # code on which scores depend, with `score_layer`
-    "sae.py", "taxonomy.py", "metrics.py", "kit/probes.py", "kit/readings.py", "kit/rows.py"]
+SPLITS = "train", "val"
+RECORDING = "dinov2_hooks.py", "kit/data.py"  # code that class tokens depend on
+SCORING = ("sae.py", "taxonomy.py", "metrics.py", "kit/scores.py", "kit/probes.py",
+           "kit/readings.py", "kit/rows.py")
 
 
 def number(kind, least, most=2**62):
@@ -127,63 +125,99 @@ def trainings_of(settings, rows):
 # ---------------------------------------------------------------- stage 1
 
 
+def missing_layers(folder, layers):
+    return [layer for layer in layers if not token_path(folder, layer).exists()]
+
+
 def check_tokens(settings, inputs, folder):
-    """What the class tokens in `folder` are made of. Raises InputError where they were made of
-    something else: recording takes hours, and is not begun anew unasked."""
-    path = folder / "settings.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    """What the class tokens in `folder` are made of, as kit/made_of.py has it. Raises InputError
+    where they were made of something else."""
+    path = folder / made_of.NAME
+    known = made_of.read_json(path) if path.exists() else {}
     precision = "float16" if settings.device == "cuda" else "float32"
-    tensors = inputs.model.state_dict().values()
-    weights = sum(tensor.double().abs().sum().item() for tensor in tensors)
-    about = {
-        "backbone": settings.backbone, "hub": settings.hub, "weights": f"{weights:.10g} in sum",
+    made = {
+        "backbone": settings.backbone, "weights": made_of.weights_of(inputs.model),
         "images": f"{inputs.note} {fingerprint(inputs.train, inputs.val)}",
         "transform": str(inputs.transform),
-        "precision": settings.precision or known.get("precision", precision)}
-    for key, value in about.items():
-        if known.get(key, value) != value:
-            raise InputError(f"the class tokens in {folder} were recorded with other {key}: "
-                             f"{known[key]}, now {value}; give another --out, or delete them")
-    code = short_hash(code_of(HERE / "dinov2_hooks.py"), code_of(HERE / "kit/data.py"))
-    if known.get("code", code) != code:
-        print(f"      the code has changed since {folder} was recorded: delete that folder to "
-              "record anew")
-    return about | {"code": known.get("code", code)}
+        "precision": settings.precision or known.get("precision", precision),
+        "code": made_of.code_of(HERE, *RECORDING)}
+    for key, value in made.items():
+        if known.get(key, value) == value:
+            continue
+        if key == "code" and not any(missing_layers(folder / split, inputs.layers)
+                                     for split in SPLITS):
+            print(f"      the code has changed since {folder} was recorded: delete that folder to "
+                  "record anew")
+            made["code"] = known["code"]
+            continue
+        raise InputError(f"the class tokens in {folder} were recorded with other {key}: "
+                         f"{known[key]}, now {value}; put that back, give another --out, or delete "
+                         f"{folder}")
+    if RANK == 0 and not known:
+        if any(folder.rglob("layer_*")):
+            raise InputError(f"{path} is not there, so that nobody knows what the class tokens in "
+                             f"{folder} were made of: put it back, or delete that folder")
+        made_of.write_json(path, made)
+    return made
 
 
-def record_tokens(settings, inputs, folder, about):
-    """Stage 1. Returns the labels of the rows by split, and as val_ids which image each row is."""
-    if RANK == 0:
-        with write_aside(folder / "settings.json") as part:
-            part.write_text(to_json(about))
+def tokens_to_write(inputs, folder):
+    """Bytes, without the rows that are recorded already."""
+    width = inputs.model.cls_token.shape[-1]
+    total = 0
+    for name, split in zip(SPLITS, (inputs.train, inputs.val)):
+        for layer in missing_layers(folder / name, inputs.layers):
+            total += 2 * width * rows_to_do(folder / name, layer, len(split.names))
+    return total
+
+
+def record_tokens(settings, inputs, folder, made):
+    """Stage 1. Returns the labels of the rows by split, as val_ids which image each row is, and
+    what the tokens are made of: `made`, and the numbers of the images left out."""
     model = inputs.model.to(settings.device)
     side = inputs.transform.transforms[1].size[0]
     workers = workers_for(side**2) if settings.workers is None else settings.workers
     labels = {}
-    for name, split in (("train", inputs.train), ("val", inputs.val)):
-        missing = [n for n in inputs.layers if not token_path(folder / name, n).exists()]
+    made = made | {"left_out": {}}
+    for name, split in zip(SPLITS, (inputs.train, inputs.val)):
+        missing = missing_layers(folder / name, inputs.layers)
         if missing:
             check_class_token(model, torch.rand(3, side, side, device=settings.device), missing)
             images = Decoded(split, inputs.transform)
-            record(model, images, folder / name, missing, about["precision"], workers, RANK, RANKS,
+            record(model, images, folder / name, missing, made["precision"], workers, RANK, RANKS,
                    settings.skip_bad_images, ready=barrier)
         barrier()
         if RANK == 0 and missing:
             finish(folder / name, missing)
         barrier()
-        bad = json.loads((folder / name / "left_out.json").read_text())
-        ids = np.delete(np.arange(len(split.names)), bad)
+        noted = folder / name / "left_out.json"
+        left_out = made_of.read_json(noted) if noted.exists() else []
+        ids = np.delete(np.arange(len(split.names)), left_out)
+        for layer in inputs.layers:
+            check_rows(token_path(folder / name, layer), len(ids))
         labels[name] = split.labels[ids]
         labels["val_ids"] = ids
+        made["left_out"][name] = left_out
     model.cpu()  # ViT-g's 4.5 GB are of no use in stages 2 and 3
-    return labels
+    return labels, made
+
+
+def check_rows(path, rows):
+    """Raises InputError where a file of tokens is cut short, or has other rows."""
+    try:
+        intact = len(np.load(path, mmap_mode="r")) == rows
+    except (ValueError, EOFError):
+        intact = False
+    if not intact:
+        raise InputError(f"{path} is damaged: delete this one file, and the same command records "
+                         "its layer again")
 
 
 # ---------------------------------------------------------------- stage 2
 
 
 class Job(NamedTuple):
-    """An SAE of a layer and a seed. Folders' names hold a hash of what their content is made of."""
+    """An SAE of a layer and a seed."""
 
     layer: int
     training: Training
@@ -191,25 +225,36 @@ class Job(NamedTuple):
     scores: Path
 
 
-def jobs_of(settings, inputs, trainings, out, about):
-    code = [code_of(HERE / file) for file in SCORING]
-    code.append(code_of(HERE / "reproduce.py", "open_layer", "score_layer", "permuted_trees"))
-    scoring = (pickle.dumps(inputs.tree), settings.top_k, settings.response_rate, code)
+def changed_settings(settings, seed):
+    """As name_value, those of the SAEs that are not the defaults."""
+    defaults = vars(parse_settings([])) | {"seed": 0}
+    values = vars(settings) | {"seed": seed}
+    names = "activation l1 inputs expansion epochs batch_size lr seed".split()
+    return [f"{name}_{values[name]}" for name in names if values[name] != defaults[name]]
+
+
+def jobs_of(settings, inputs, trainings, out, tokens):
+    """The SAEs of a run; tokens: what these are made of."""
+    scoring = {
+        "tokens": tokens, "tree": made_of.tree_of(inputs.tree), "top_k": settings.top_k,
+        "response_rate": settings.response_rate, "code": made_of.code_of(HERE, *SCORING)}
     jobs = []
     for training in trainings:
-        made_of = short_hash(about, training, code_of(HERE / "sae.py"))
-        name = f"{training.activation}-l1_{training.l1:g}-{training.inputs}-seed_{training.seed}"
-        folder = out / "saes" / f"{name}-{made_of}"
-        newest = 0  # of the files of published SAEs
+        changed = changed_settings(settings, training.seed)
+        sae = {"tokens": tokens, "training": asdict(training),
+               "code": made_of.code_of(HERE, "sae.py")}
         if settings.saes:
             width = inputs.model.cls_token.shape[-1]
-            folder = hub.find_saes(settings.saes, inputs.layers, width, settings.backbone)
-            newest = max(path.stat().st_mtime_ns for path in folder.rglob("*"))
-        made_of = short_hash(about, folder.name, newest, scoring)
+            saes = hub.find_saes(settings.saes, inputs.layers, width, settings.backbone)
+            files = [f"{layer_name(n)}/{file}" for n in inputs.layers for file in SAE_FILES]
+            sae = made_of.files_of(saes, files)
+            changed = [saes.name]
+        else:
+            saes = made_of.folder_for(out / "saes", sae, changed)
+        scores = made_of.folder_for(out / "scores", scoring | {"sae": sae}, changed)
         for layer in inputs.layers:
             name = layer_name(layer)
-            scores = out / "scores" / f"{folder.name}-{made_of}" / f"{name}.json"
-            jobs.append(Job(layer, training, folder / name, scores))
+            jobs.append(Job(layer, training, saes / name, scores / f"{name}.json"))
     return jobs
 
 
@@ -219,9 +264,9 @@ def train_saes(settings, jobs, tokens):
     for i, job in enumerate(pending, 1):
         title = f"      layer {job.layer}, seed {job.training.seed} ({i} of {len(pending)})"
         buffer = ActivationBuffer(token_path(tokens / "train", job.layer), settings.device)
-        about = {**asdict(job.training), "layer": job.layer, "backbone": settings.backbone}
+        config = {**asdict(job.training), "layer": job.layer, "backbone": settings.backbone}
         try:
-            sae = train_sae(buffer, job.training, about=about, title=None if RANK else title)
+            sae = train_sae(buffer, job.training, about=config, title=None if RANK else title)
         except SAEError as error:
             raise SAEError(f"layer {job.layer}: {error}") from error
         with write_aside(job.sae) as part:
@@ -233,56 +278,12 @@ def train_saes(settings, jobs, tokens):
 # ---------------------------------------------------------------- stage 3
 
 
-def open_layer(train_path, val_path, labels, classes, device):
-    """What all SAEs of a layer are scored with: (train, val, statistics, linear probe)."""
-    train = ActivationBuffer(train_path, device)
-    statistics = train.statistics()
-    probe = linear_probe(train.tokens, labels["train"], classes, statistics.mean,
-                         statistics.variance)
-    return train, ActivationBuffer(val_path, device), statistics, probe
-
-
-def permuted_trees(tree):
-    """The controls: one tree a draw, the same for all layers, dictionaries and seeds."""
-    rng = np.random.default_rng(0)
-    return [tree.permuted(rng.permutation(len(tree.classes))) for _ in range(TREES["sae"])]
-
-
-def score_layer(where, sae, layer, labels, tree, controls, k, response_rate):
-    """Stage 3: the latents of a layer -> its rows of the tables, which begin with `where`, the
-    layer and seed, and what claims and hypernyms.csv are made of over layers."""
-    train, val, statistics, probe = layer
-    C = len(tree.classes)
-    rows = {"hierarchy": [], "relations": [], "probes": []}
-    made = {"iou_draws": {}}
-    mean = statistics.mean.float()
-    sample = train.rows_at(slice(SAMPLE))  # rows are in random order
-    seed = (sae.about or {}).get("seed", where["seed"])
-    for name, encode, probed in dictionaries_of(sae, sample, mean, seed):
-        profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)
-        responses = responses_of(profile, k, response_rate)
-        placed = Placed(responses, tree)
-        permuted = [Placed(responses, other) for other in controls[: TREES[name]]]
-        by_tree, draws = hierarchy_rows(name, placed, permuted)
-        rows["hierarchy"] += by_tree
-        related = relate(encode, val.rows_at, profile, placed, k)
-        rows["relations"].append({"dictionary": name, **related})
-        if name == "sae":
-            made["permuted_draws"] = draws
-            made["hypernyms"] = hypernym_rows(placed, profile)
-            rows["latents"] = latent_rows(placed, profile)
-            rows["readings"] = reading_rows(profile, placed, permuted[:10])
-        del profile, responses, placed, permuted  # before the probes take their room
-        by_tree, draws = probe_rows(name, probed, train, val, labels, tree, controls[0])
-        rows["probes"] += by_tree
-        made["iou_draws"][name] = draws
-    quality, made["by_class"] = reconstruct(sae, val.batches(VAL_BATCH), labels["val"], C, probe)
-    gamma = statistics.mean.norm() / statistics.rms_deviation
-    size = {"width": train.width, "latents": len(sae.b_enc)}
-    rows["layers"] = [{**size, "gamma": gamma, **quality._asdict()}]
-    for name in rows:
-        made[name] = [{**where, **row} for row in rows[name]]
-    return made
+def open_sae(folder):
+    try:
+        return SparseAutoencoder.from_pretrained(folder)
+    except (SAEError, SafetensorError, ValueError) as error:
+        raise InputError(f"the SAE in {folder} is damaged ({error}): delete this folder, and the "
+                         "same command trains it again") from error
 
 
 def score_layers(settings, inputs, tokens, labels, jobs):
@@ -291,17 +292,16 @@ def score_layers(settings, inputs, tokens, labels, jobs):
     for n in tqdm(inputs.layers[RANK::RANKS], "      layers", unit="layer", disable=RANK > 0):
         pending = [job for job in jobs if job.layer == n and not job.scores.exists()]
         if pending:  # the linear probe is fitted once a layer, whatever the SAE
-            paths = [token_path(tokens / split, n) for split in ("train", "val")]
+            paths = [token_path(tokens / split, n) for split in SPLITS]
             layer = open_layer(*paths, labels, len(inputs.tree.classes), settings.device)
         for job in pending:
-            sae = SparseAutoencoder.from_pretrained(job.sae).to(settings.device)
+            sae = open_sae(job.sae).to(settings.device)
             where = {"layer": n, "seed": job.training.seed}
             made = score_layer(where, sae, layer, labels, inputs.tree, controls, settings.top_k,
                                settings.response_rate)
-            with write_aside(job.scores) as part:
-                part.write_text(to_json(made))
+            made_of.write_json(job.scores, made)
     barrier()
-    return {(job.layer, job.training.seed): json.loads(job.scores.read_text()) for job in jobs}
+    return {(job.layer, job.training.seed): made_of.read_json(job.scores) for job in jobs}
 
 
 # ---------------------------------------------------------------- stage 4
@@ -340,15 +340,8 @@ def training_rows(jobs):
     return rows
 
 
-def say_what_is_written(inputs, jobs, out):
-    """Bytes to write and bytes free, and what lies there from other settings or code."""
-    width = inputs.model.cls_token.shape[-1]
-    images = len(inputs.train.names) + len(inputs.val.names)
-    tokens = 2 * width * images * len(inputs.layers)
-    done = sum(path.stat().st_size for path in (out / "tokens").rglob("layer_*"))
-    missing = sum(not job.sae.is_dir() for job in jobs)
-    saes = 8 * jobs[0].training.expansion * width**2 * missing
-    check_disk(out, max(0, tokens - done) + saes)
+def say_what_is_unused(jobs, out):
+    """What lies in the folder from other settings or code."""
     used = {path.parent for job in jobs for path in (job.sae, job.scores)}
     unused = {*(out / "saes").glob("*"), *(out / "scores").glob("*")} - used
     if unused:
@@ -357,8 +350,9 @@ def say_what_is_written(inputs, jobs, out):
 
 
 def run(settings):
+    # the first process fetches what has to be fetched, the others wait
     if RANK > 0:
-        barrier()  # the first process fetches what has to be fetched
+        barrier()
     start = time.time()
     out = where_to(settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else "no GPU is used"
@@ -366,16 +360,23 @@ def run(settings):
     if settings.push_to_hub:
         HfApi().whoami()  # raises where there is no token, before the hours are spent
     with lock(out):
+        # what there is to work on, and whether it is what the tokens in `out` were made of
         inputs = find_inputs(settings, out)
         tokens = out / "tokens"
-        trainings = trainings_of(settings, len(inputs.train.names))
-        about = check_tokens(settings, inputs, tokens)
-        jobs = jobs_of(settings, inputs, trainings, out, about)
+        made = check_tokens(settings, inputs, tokens)
         if RANK == 0:
-            say_what_is_written(inputs, jobs, out)
+            check_disk(out, tokens_to_write(inputs, tokens))
             barrier()
-        print(f"[1/4] images -> class tokens ({about['precision']})")
-        labels = record_tokens(settings, inputs, tokens, about)
+        print(f"[1/4] images -> class tokens ({made['precision']})")
+        labels, made = record_tokens(settings, inputs, tokens, made)
+        # only now is it known which images could be read, of which all that follows is made
+        trainings = trainings_of(settings, len(labels["train"]))
+        jobs = jobs_of(settings, inputs, trainings, out, made)
+        if RANK == 0:
+            missing = sum(not job.sae.is_dir() for job in jobs)
+            width = inputs.model.cls_token.shape[-1]
+            check_disk(out, 8 * settings.expansion * width**2 * missing)
+            say_what_is_unused(jobs, out)
         print(f"[2/4] class tokens -> sparse autoencoders: {settings.saes or trainings[0]}")
         if not settings.saes:
             train_saes(settings, jobs, tokens)
@@ -384,7 +385,7 @@ def run(settings):
         if RANK == 0:
             print("[4/4] scores -> tables, figures, report")
             record = {
-                "settings": vars(settings), "made_of": about, "saes": str(jobs[0].sae.parent),
+                "settings": vars(settings), "made_of": made, "saes": str(jobs[0].sae.parent),
                 "torch": torch.__version__, **tables_of(scores), "training": training_rows(jobs)}
             write_results(settings, inputs, out, jobs, record, labels["val_ids"])
             print(f"Done in {time.time() - start:.0f} s.")
@@ -393,12 +394,14 @@ def run(settings):
 def write_results(settings, inputs, out, jobs, record, ids):
     """Stage 4: tables, claims, figures and the report; the first seed's latents are shown."""
     saes = jobs[0].sae.parent
-    shown = [(job.scores.parent.name, job.layer) for job in jobs]
-    folder = out / "results" / f"{saes.name}-{short_hash(shown)}"
+    made = {"scores": [str(job.scores.relative_to(out)) for job in jobs]}
+    changed = [saes.name] if settings.saes else changed_settings(settings, settings.seed)
+    folder = out / "results" / "-".join([*changed, made_of.short_hash(made)])
     inputs.model.to(settings.device)  # for the maps
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
     with write_aside(folder) as part:
         print(report.write(part, title, inputs, record, saes, ids))
+        made_of.write_json(part / made_of.NAME, made)
     if settings.push_to_hub:
         hub.publish(settings.push_to_hub, saes, folder, inputs, settings.backbone)
     print(f"\nReport: {folder / 'report.html'}")

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit.runs import InputError, short_hash
+from kit.files import InputError
+from kit.made_of import short_hash
 
 ENDINGS = tuple(".jpeg .jpg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 LISTS = ("LOC_val_solution.csv", "val_annotations.txt")  # Kaggle's, Tiny ImageNet's

@@ -3,13 +3,16 @@
 Every WordNet node above a class gives it one visual trait, the colour of one ring of a target. The
 hierarchy is planted, so it must be found: the positive control of the whole kit.
 """
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from kit.runs import RANK, code_of, short_hash, write_aside
+from kit.files import RANK, write_aside
+from kit.made_of import code_of
 from taxonomy import Taxonomy
 
 CLASSES = (  # 30 ImageNet classes from several branches of WordNet, siblings in threes
@@ -135,7 +138,7 @@ def train_vit(traits, normalise):
 def open_demo(out, normalise):
     """The ViT, and the folder of its images, {train,val}/<wnid>/000.png ...; made unless they are
     there."""
-    folder = out / f"demo-{short_hash(code_of(__file__))}"
+    folder = out / f"demo-{code_of(Path(__file__).parent, 'demo.py')[:8]}"
     traits = class_traits(Taxonomy.from_wnids(CLASSES))
     if RANK == 0 and not folder.is_dir():
         with write_aside(folder) as part:

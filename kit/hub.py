@@ -4,7 +4,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from dinov2_hooks import layer_name
-from kit.runs import InputError
+from kit.files import InputError
 from sae import SAE_FILES, SparseAutoencoder
 
 CARD = """---

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transform_of
 from kit import demo
 from kit.data import Split, find_images
-from kit.runs import InputError
+from kit.files import InputError
 from sae import top_k_of
 from taxonomy import Taxonomy
 

@@ -4,7 +4,7 @@ import torch
 
 from metrics import hypernyms_lch, leaves_of, mean_of, ontology_covered, over_pairs
 
-TOP = (4, 8, 16, 32)  # top images of a latent
+SHARES = (0.25, 0.5, 0.75)  # of a class's images on which a latent that responds to it fires
 
 
 @torch.inference_mode()
@@ -13,26 +13,19 @@ def readings(profile, placed):
     so that for all of them less is more specific."""
     values = {}
     tree = placed.tree
-    rate = profile.rate  # (m, C)
+    top = placed.responses.top
     heights = {
         "longest path": tree.height, "shortest path": tree.height_shortest, "depth": -tree.depth}
-    for k in TOP:
-        alive = (profile.fires >= k).nonzero().flatten()
-        top = profile.top_classes[alive, :k]
-        responds = {"top images": torch.zeros_like(rate[alive]).scatter_(1, top, 1.0),
-                    "any": rate[alive] > 0}
-        for share in (0.25, 0.5, 0.75):
-            responds[f"{share:.0%}"] = rate[alive] >= share
-        lch = tree.lch(responds["top images"].cpu())
-        for name, height in heights.items():
-            pairs, between = over_pairs(top, height[tree.pair_lch])
-            values["height", f"{name}, of the set, k = {k}"] = mean_of(height[lch])
-            values["height", f"{name}, over pairs, k = {k}"] = mean_of(pairs)
-            values["height", f"{name}, between classes, k = {k}"] = mean_of(between)
-        leaves = leaves_of(tree, lch, top.device)  # (A, C)
-        for name, classes in responds.items():
-            share = ((classes * leaves).sum(1) / leaves.sum(1)).cpu().numpy()
-            values["coverage", f"of its LCH, R = {name}, k = {k}"] = mean_of(share)
+    for name, height in heights.items():
+        pairs, between = over_pairs(top, height[tree.pair_lch])
+        values["height", f"{name}, of the set"] = mean_of(height[placed.lch])
+        values["height", f"{name}, over pairs"] = mean_of(pairs)
+        values["height", f"{name}, between classes"] = mean_of(between)
+    leaves = leaves_of(tree, placed.lch, top.device)  # (A, C)
+    rate = profile.rate[placed.responses.latents]
+    for share in SHARES:
+        covered = ((rate >= share) * leaves).sum(1) / leaves.sum(1)
+        values["coverage", f"of its LCH, R = {share:.0%}"] = mean_of(covered.cpu().numpy())
     values["coverage", "of the ontology, as LCH"] = mean_of(ontology_covered(placed))
     values["coverage", "of its hypernyms, as LCH"] = mean_of(hypernyms_lch(placed))
     values["coverage", "of its hypernyms, matched"] = mean_of(placed.choice.matched)

@@ -7,7 +7,7 @@ import numpy as np
 
 from kit.claims import MAIN, claimed
 from kit.rows import values_of
-from kit.runs import to_json
+from kit.files import to_json
 from metrics import mean_of
 
 MARKS = {"holds": "✓", "open": "○", "contradicted": "✗"}  # else –

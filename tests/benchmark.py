@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import imagenet1k
 
 import metrics
-import reproduce
-from kit import probes
+from kit import probes, scores
 from sae import Training, new_sae
 from taxonomy import Taxonomy
 
@@ -60,16 +59,16 @@ def score(quick):
         for (split, count), path in zip(rows.items(), paths):
             labels[split] = rng.permutation(np.arange(count) % C)
             write_tokens(path, labels[split], codes, rng)
-        with mock.patch("reproduce.linear_probe", lambda *given: lambda x: x[:, :C]):
-            layer = reproduce.open_layer(*paths, labels, C, DEVICE)
+        with mock.patch("kit.scores.linear_probe", lambda *given: lambda x: x[:, :C]):
+            layer = scores.open_layer(*paths, labels, C, DEVICE)
         sae = new_sae(layer[2], Training(expansion=expansion)).to(DEVICE).requires_grad_(False)
         sae.b_enc.fill_(-0.05)  # about 5% of random latents fire
         sae.forward = timed(sae.forward)
-        controls = reproduce.permuted_trees(tree)
+        controls = scores.permuted_trees(tree)
         start = time.perf_counter()
-        with mock.patch("reproduce.dictionaries_of", dictionaries):
+        with mock.patch("kit.scores.dictionaries_of", dictionaries):
             where = {"layer": 0, "seed": 0}
-            reproduce.score_layer(where, sae, layer, labels, tree, controls, 16, 0.5)
+            scores.score_layer(where, sae, layer, labels, tree, controls, 16, 0.5)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(

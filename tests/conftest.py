@@ -93,9 +93,9 @@ def make_quick(set_attribute=setattr):
     """A small run's time is mostly that of its figures and of the steps of its probes."""
     from matplotlib.figure import Figure
 
-    import reproduce
+    from kit import scores
 
-    set_attribute(reproduce, "linear_probe", functools.partial(linear_probe, least_steps=3))
+    set_attribute(scores, "linear_probe", functools.partial(linear_probe, least_steps=3))
     set_attribute(Figure, "savefig", lambda figure, path, **more: path.write_bytes(b""))
 
 

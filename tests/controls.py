@@ -28,9 +28,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import imagenet1k
 
-import reproduce
+from kit import scores
 from kit.claims import claims_of
-from kit.runs import to_json
+from kit.files import to_json
 from metrics import linear_probe
 from sae import Training, train_sae
 from taxonomy import Taxonomy
@@ -106,27 +106,27 @@ def claims_of_world(world, seed, layers=4, seeds=3, epochs=50, classes=100, imag
     trainings = [
         Training(4, l1=0.2, batch_size=128, epochs=epochs, seed=10 * seed + i) for i in range(seeds)
     ]
-    controls, scores, shares = reproduce.permuted_trees(tree), {}, []
+    controls, by_layer, shares = scores.permuted_trees(tree), {}, []
     with tempfile.TemporaryDirectory() as name:
         labels, directions = make_world(Path(name), world, tree, layers, seed, images)
         for n in range(layers):
             paths = [Path(name, f"{split}_{n}.npy") for split in IMAGES]
-            layer = reproduce.open_layer(*paths, labels, len(tree.classes), "cpu")
+            layer = scores.open_layer(*paths, labels, len(tree.classes), "cpu")
             for training in trainings:
                 sae = train_sae(layer[0], training, layer[2], {"seed": training.seed}, title=None)
                 where = {"layer": n, "seed": training.seed}
-                scores[n, training.seed] = reproduce.score_layer(
+                by_layer[n, training.seed] = scores.score_layer(
                     where, sae, layer, labels, tree, controls, k=16, response_rate=0.5
                 )
                 if n == layers - 1:
                     shares.append(recovered(directions, sae))
-        rows = json.loads(to_json(claims_of(scores)))
+        rows = json.loads(to_json(claims_of(by_layer)))
     return [*rows, {"claim": "planted directions recovered", "value": np.mean(shares)}]
 
 
 def main(world, count, first="0", layers="4"):
     torch.set_num_threads(1)
-    reproduce.linear_probe = functools.partial(linear_probe, least_steps=300)
+    scores.linear_probe = functools.partial(linear_probe, least_steps=300)
     for seed in range(int(first), int(first) + int(count)):
         seeds = 1 if layers == "1" else 3
         for row in claims_of_world(world, seed, int(layers), seeds):

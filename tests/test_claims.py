@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from controls import claims_of_world
 
-import reproduce
+from kit import scores
 from kit.claims import t_interval, thirds, verdict
 from kit.tables import doubts
 from metrics import linear_probe
@@ -32,10 +32,9 @@ def test_thirds_and_verdicts():
 @pytest.fixture
 def few_trees(monkeypatch):
     """As few as a p of 0.05 allows."""
-    monkeypatch.setattr(reproduce, "TREES", {"sae": 19, "neurons": 2, "untrained": 2})
+    monkeypatch.setattr(scores, "TREES", {"sae": 19, "neurons": 2, "untrained": 2})
     quick = functools.partial(linear_probe, least_steps=300)
-    monkeypatch.setattr(reproduce, "linear_probe", quick)
-    monkeypatch.setattr("kit.readings.TOP", (16,))
+    monkeypatch.setattr(scores, "linear_probe", quick)
     monkeypatch.setattr("kit.probes.UNITS", (1,))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dinov2_hooks import eval_transform
 from kit.data import Decoded, find_images, fingerprint, read_image, workers_for
-from kit.runs import InputError
+from kit.files import InputError
 
 
 def names_by_class(split, classes):

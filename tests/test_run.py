@@ -37,7 +37,7 @@ def made():
     times = {}
     for stage in ("tokens", "saes", "scores"):
         for path in Path("out", stage).rglob("*"):
-            if path.is_file() and path.name not in ("settings.json", "left_out.json", "README.md"):
+            if path.is_file() and path.name not in ("made_of.json", "left_out.json", "README.md"):
                 times[str(path)] = path.stat().st_mtime_ns
     return times
 
@@ -74,7 +74,7 @@ def test_whole_run(data, hub, capsys):
         ("sae", "neurons", "untrained"), ("wordnet", "permuted", "permuted_sd", "part")
     )
     assert [(row["dictionary"], row["tree"]) for row in hierarchy[:12]] == list(kinds)
-    assert len(read_csv("readings")) == 3 * (36 + 20 + 3)
+    assert len(read_csv("readings")) == 3 * (9 + 3 + 3)
     assert len(read_csv("probes")) == 3 * (3 * 3 + 1) * 2
     alive = [
         int(row["alive"])
@@ -89,7 +89,7 @@ def test_whole_run(data, hub, capsys):
 
     # the SAE's statistics are the train split's, and it takes raw tokens
     (folder,) = Path("out/saes").iterdir()
-    assert folder.name.startswith("relu-l1_0.1-centred-seed_0-")
+    assert folder.name.startswith("epochs_3-")
     sae = SparseAutoencoder.from_pretrained(folder / "layer_01")
     train, val = (
         np.load(f"out/tokens/{split}/layer_01.npy").astype(np.float64) for split in ("train", "val")
@@ -178,12 +178,11 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
     assert main(run) == 0
     before = made()
     assert main(run) == 0 and not made_again(before)
-    assert (
-        change("sae.py", "    z = sae.latents(x)  # (B, m)", "    z = sae.latents(x)  # why")
-        == set()
-    )
+    comment = "    # why\n    z = sae.latents(x)"
+    assert change("sae.py", "    z = sae.latents(x)", comment) == set()
+    assert change("reproduce.py", 'help="of the SAEs', 'help="of all SAEs') == set()
     assert change("sae.py", '"""x̃ (B, n) -> its loss, with λ = l1"""', '"""another"""') == set()
-    assert change("reproduce.py", "VAL_BATCH = 2048", "VAL_BATCH = 1024") == {"scores"}
+    assert change("kit/scores.py", "VAL_BATCH = 2048", "VAL_BATCH = 1024") == {"scores"}
     assert change("metrics.py", "axes, -axes", "-axes, axes") == {"scores"}
     assert change("sae.py", "l1 * sparsity", "2 * l1 * sparsity") == {"saes", "scores"}
     for more, stages in (
@@ -211,6 +210,65 @@ def test_tokens_of_something_else_are_refused(data, hub, capsys):
     write_images(data / "train" / WNIDS[0], 12, seed=9)
     refused(capsys, run, "recorded with other images", "give another --out, or delete")
     assert made() == before
+
+
+def test_other_code_stops_a_recording_that_is_not_finished_and_is_said_of_one_that_is(
+    data, hub, capsys, monkeypatch
+):
+    home = Path("home")
+    (home / "kit").mkdir(parents=True)
+    for name in {*reproduce.RECORDING, *reproduce.SCORING}:
+        shutil.copy(ROOT / name, home / name)
+    monkeypatch.setattr(reproduce, "HERE", home)
+    assert main(small_run(data, hub, "--layers", "1")) == 0
+    before = made()
+    text = (home / "dinov2_hooks.py").read_text()
+    (home / "dinov2_hooks.py").write_text(text.replace("[:, 0]\n", "[:, 1]\n"))
+    capsys.readouterr()
+    assert main(small_run(data, hub, "--layers", "1")) == 0 and made() == before
+    assert "the code has changed since out/tokens was recorded" in capsys.readouterr().out
+    words = "recorded with other code", "put that back, give another --out, or delete out/tokens"
+    refused(capsys, small_run(data, hub), *words)
+    assert made() == before
+
+
+def test_damaged_files_are_named(data, hub, capsys):
+    """Cut or empty: one sentence that names the file, and without it the run goes on."""
+    run = small_run(data, hub, "--layers", "1")
+    assert main(run) == 0
+    whole = results()
+    for pattern in (
+        "tokens/val/layer_01.npy",
+        "scores/*/layer_01.json",
+        "saes/*/layer_01/model.safetensors",
+        "saes/*/layer_01/config.json",
+        "tokens/train/left_out.json",
+    ):
+        (path,) = Path("out").glob(pattern)
+        for content in (b"", path.read_bytes()[:-5] if len(path.read_bytes()) > 9 else b"["):
+            path.write_bytes(content)
+            for score in Path("out").glob("scores/*/layer_01.json"):
+                score.unlink() if "saes" in pattern else None
+            folder = path.parent if "saes" in pattern else path
+            refused(capsys, run, f"{folder}", "damaged", "delete this")
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            assert main(run) == 0
+            again = results()
+            assert all(again[name] == content for name, content in whole.items() if name in again)
+
+
+def test_images_that_are_mended_give_other_saes(data, hub):
+    """Class tokens are deleted and recorded anew: what was left out belongs to what they are."""
+    bad = sorted((data / "train" / WNIDS[1]).iterdir())[3]
+    content = bad.read_bytes()
+    bad.write_bytes(bytes(len(content)))
+    run = small_run(data, hub, "--layers", "1", "--skip-bad-images")
+    assert main(run) == 0
+    before = set(os.listdir("out/saes"))
+    bad.write_bytes(content)
+    shutil.rmtree("out/tokens")
+    assert main(run) == 0
+    assert len(before) == 1 and len(set(os.listdir("out/saes")) - before) == 1
 
 
 def test_other_precisions(data, hub):
@@ -251,7 +309,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(data, hub, capsys, monk
         ("tokens", "layer_01"),
         ("saes", "layer_01"),
         ("scores", "layer_01"),
-        ("results", "relu"),
+        ("results", "epochs_3"),
     ):
         with monkeypatch.context() as patch:
 

@@ -3,13 +3,19 @@
 import errno
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import WNIDS
 
-from kit import runs
-from kit.runs import InputError, check_disk, code_of, lock, sentence_of, write_aside
+from kit import files, processes
+from kit.demo import SmallViT
+from kit.files import InputError, check_disk, lock, write_aside
+from kit.made_of import code_of, tree_of, weights_of
+from kit.processes import sentence_of
+from taxonomy import Taxonomy
 
 
 def test_written_aside_and_renamed_when_whole(tmp_path):
@@ -29,30 +35,54 @@ def test_written_aside_and_renamed_when_whole(tmp_path):
     assert [path.name for path in folder.rglob("*")] == ["deep", "two"]
 
 
-def test_code_is_what_a_file_does(tmp_path):
-    path = tmp_path / "module.py"
+def test_code_is_text_without_comments_and_docstrings(tmp_path):
+    def code(text):
+        (tmp_path / "module.py").write_text(text)
+        return code_of(tmp_path, "module.py")
 
-    def code(text, *names):
-        path.write_text(text)
-        return code_of(path, *names)
+    plain = '''"""What it is."""
+A = 1
+CARD = """
+text
+"""
+# why
+def f():
+    """Says.
 
-    plain = 'A = 1\ndef f():\n    """Says."""\n    return g() + A\n'
-    plain += "def g():\n    return 2\ndef h():\n    pass\n"
-    assert code(plain) == code(plain.replace("Says", "Tells") + "\n# a comment\n")
-    assert code(plain) != code(plain.replace("return 2", "return 3"))
-    for old, new, changed in (
-        ("return 2", "return 3", True),
-        ("A = 1", "A = 2", True),
-        ("A = 1", "A: int = 2", True),
-        ("A = 1", "A, B = 1, 2", True),
-        ("A = 1", "A = 1\nA += 1", True),
-        ("pass", "return", False),
-    ):
-        changes = code(plain, "f", "g") != code(plain.replace(old, new), "f", "g")
-        assert changes == changed
-    field = "class T:\n    a: int = 1\n    'what a is'\n"
-    assert code(field) == code(field.replace("what a is", "said better"))
-    assert code("from x import g\n" + plain, "f") != code("from y import g\n" + plain, "f")
+    More.
+    """
+    return "two"  # at the end of a line
+class T:
+    a: int = 1
+    """what a is"""
+'''
+    for old, new in (("What it is", "Another"), ("# why\n", ""), ("Says.\n\n    More", "Says"),
+                     ("what a is", "x"), ("A = 1\n", "A = 1\n\n\n    # indented\n")):
+        assert old in plain and code(plain) == code(plain.replace(old, new))
+    for old, new in (("A = 1", "A = 2"), ("text", "tent"), ('"two"', '"to"'), ("a: int = 1", "a: int = 2"),
+                     ("return", "return not")):
+        assert old in plain and code(plain) != code(plain.replace(old, new))
+
+
+def test_weights_and_trees_by_all_that_they_are():
+    def vit():
+        torch.manual_seed(0)
+        return SmallViT(classes=2, size=8, patch=4, width=8, depth=2, heads=2)
+
+    known, model = weights_of(vit()), vit()
+    assert known == weights_of(model)
+    W = model.blocks[0].proj.weight.data
+    model.blocks[0].proj.weight.data = W.flatten().flip(0).view_as(W)  # of the same sum
+    assert weights_of(model) != known
+    model = vit()
+    model.blocks = torch.nn.ModuleList(reversed(model.blocks))
+    assert weights_of(model) != known
+    assert weights_of(vit().half()) != known and weights_of(vit().bfloat16()) != known
+    tree = Taxonomy.from_wnids(WNIDS)
+    higher = tree.height + (tree.height == tree.height.max())
+    assert tree_of(tree) == tree_of(Taxonomy.from_wnids(WNIDS))
+    for other in (Taxonomy.from_wnids(WNIDS[::-1]), replace(tree, height=higher)):
+        assert tree_of(other) != tree_of(tree)
 
 
 def hold(folder, taken, done):
@@ -79,7 +109,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def refuse(*given):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(runs.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with lock(tmp_path):
         pass
     assert "no lock in" in capsys.readouterr().out
@@ -122,17 +152,17 @@ def test_rank_without_world_size(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(InputError, match="only one of RANK and WORLD_SIZE"):
-        runs.start_ranks("cpu")
+        processes.start_ranks("cpu")
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(runs, "RANKS", 2)
+    monkeypatch.setattr(processes, "RANKS", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="more processes than GPUs: lower --nproc-per-node"):
-        runs.start_ranks("cuda")
+        processes.start_ranks("cuda")
 
 
 def test_a_folder_that_may_not_be_written(tmp_path):

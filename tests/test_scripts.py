@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, WNIDS, small_run, write_images
 
 import reproduce
+from metrics import linear_probe
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ import reproduce
 )
 def test_scripts(monkeypatch, capsys, arguments, words):
     """As `python tests/NAME ...`, in this process."""
-    monkeypatch.setattr("reproduce.linear_probe", reproduce.linear_probe)  # controls.py sets it
+    monkeypatch.setattr("kit.scores.linear_probe", linear_probe)  # controls.py sets it
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(ROOT / "tests" / arguments[0]), run_name="__main__")
     assert words in capsys.readouterr().out
@@ -43,7 +44,7 @@ def test_scripts_on_the_folder_of_a_run(data, hub, work, monkeypatch, capsys):
         ("relu", "0.3"),
         ("topk-4", "0.1"),
     ]
-    (path,) = Path("out/results").glob("topk*/layers.csv")
+    (path,) = Path("out/results").glob("*topk*/layers.csv")
     with open(path, newline="") as file:
         layers = list(csv.DictReader(file))
     (row,) = (row for row in rows if row["activation"] == "topk-4")

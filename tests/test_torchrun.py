@@ -8,14 +8,14 @@ from pathlib import Path
 from conftest import WNIDS, results, small_run, write_images
 
 import reproduce
-from kit import demo, runs
+from kit import demo, files, processes
 from kit.data import find_images
 
 
 def process(rank, run):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29581"}
-    for module in (runs, reproduce, demo):  # which were imported before
+    for module in (files, processes, reproduce, demo):  # which were imported before
         module.RANK, module.RANKS = rank, 2
     sys.stdout = sys.stderr = open(f"said_{rank}", "w")
     code = reproduce.main(run)

@@ -1,0 +1,62 @@
+"""Files of a run: written aside, locked, and whether there is room for them."""
+import errno
+import json
+import os
+import shutil
+from contextlib import contextmanager
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs in one output folder are not told apart
+    fcntl = None
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun's
+
+
+class InputError(ValueError):
+    """What the run cannot go on with: one sentence that names the thing and the way out."""
+
+
+def to_json(content):
+    """Arrays and tensors become lists, NaN and infinity null."""
+    text = json.dumps(content, default=lambda array: array.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)
+
+
+@contextmanager
+def write_aside(path):
+    """Yields PATH.RANK.part, to write a file or folder there. At the end it takes the place of
+    PATH, which is therefore never half-written."""
+    part = path.with_name(f"{path.name}.{RANK}.part")
+    shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield part
+    if path.is_dir():
+        shutil.rmtree(path)
+    part.replace(path)
+
+
+@contextmanager
+def lock(out):
+    """One run at a time in an output folder. The lock ends with the process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as file:
+        try:
+            if RANK == 0 and fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise InputError(f"another run is at work in {out}: wait for it to end, or give "
+                                 "another --out") from error
+            print(f"      no lock in {out} ({error.strerror}): start no second run there")
+        yield
+
+
+def check_disk(folder, needed):
+    """Say what is to be written and what is free; raises InputError where it does not fit."""
+    free = shutil.disk_usage(folder).free
+    about = f"{needed / 1e9:.2f} GB to write to {folder}, {free / 1e9:.2f} GB free"
+    print(f"      {about}")
+    if needed > free:
+        raise InputError(f"not enough disk: {about}; make room there, or give another --out or "
+                         "fewer --layers")
