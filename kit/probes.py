@@ -5,8 +5,11 @@ fires, under which a latent looks poor only because of where its threshold lies.
 tokens, scored on validation tokens by IoU: images that are under the hypernym *and* get a yes, over
 those of which either is true.
 """
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from metrics import as_labels, leaves_of, mean_of, sort_rows
 
@@ -27,33 +30,34 @@ def unit_values(encode, buffer, rows):
 
 
 class Units:
-    """The m units of a dictionary, on N training and N' validation tokens of C classes.
+    """The m units of a dictionary on N training tokens of C classes, in half precision, standardised
+    by these tokens; a constant unit tells nothing."""
 
-    Their values are standardised by those on training tokens; a constant unit tells nothing.
-    """
-
-    def __init__(self, encode, train, val, labels, classes):
+    def __init__(self, encode, train, labels, classes):
         N = min(TOKENS, train.rows)
+        self.encode = encode
+        self.labels = as_labels(labels, train.rows)[:N].to(train.device)
         self.z = unit_values(encode, train, N)  # (m, N)
-        self.z_val = unit_values(encode, val, val.rows)  # (m, N')
-        self.labels = as_labels(labels["train"], train.rows)[:N].to(train.device)
-        self.val_labels = as_labels(labels["val"], val.rows).to(val.device)
         self.sums = torch.zeros(len(self.z), classes, device=train.device)  # over a class's images
+        self.mean, self.deviation = torch.zeros(2, len(self.z), 1, device=train.device)
         for rows in torch.arange(len(self.z), device=train.device).split(512):  # bounds the memory
             values = self.z[rows].float()
             deviation, mean = torch.std_mean(values, dim=1, correction=0, keepdim=True)
-            deviation[deviation == 0] = torch.inf
-            values = (values - mean) / deviation
+            self.deviation[rows] = deviation.masked_fill(deviation == 0, torch.inf)
+            self.mean[rows] = mean
+            values = self.standardised(values, rows)
             self.z[rows] = values.half()
-            self.z_val[rows] = ((self.z_val[rows].float() - mean) / deviation).half()
             self.sums[rows] = self.sums[rows].index_add(1, self.labels, values)
 
-    def hits(self, values, val_values, classes):
-        """values (N,), (N',) of a rule -> (C,) on how many validation images of a class it says
-        yes, by the threshold for the hypernym of these classes (C,), 0 or 1."""
-        threshold = best_threshold(values, classes[self.labels] > 0)
-        yes = self.val_labels[val_values >= threshold]
-        return torch.bincount(yes, minlength=len(classes)).cpu().float()
+    def standardised(self, values, rows):
+        return (values - self.mean[rows]) / self.deviation[rows]
+
+    def on(self, buffer):
+        """(m, N') the same units on other tokens."""
+        z = unit_values(self.encode, buffer, buffer.rows)
+        for rows in torch.arange(len(z), device=z.device).split(512):
+            z[rows] = self.standardised(z[rows].float(), rows).half()
+        return z
 
 
 def best_threshold(values, under):
@@ -75,30 +79,53 @@ def ridge(x, products):
     return torch.linalg.solve(x @ x.T + 0.001 * N * torch.eye(K, device=x.device), products)
 
 
+class Probe(NamedTuple):
+    """Says yes where weights @ units >= threshold."""
+
+    units: Tensor  # (K,) int
+    weights: Tensor  # (K,)
+    threshold: Tensor  # of the largest IoU on training tokens
+
+
 @torch.inference_mode()
-def hypernym_probes(units, leaves, counts=UNITS):
-    """{K: hits (H, C)} for hypernyms with leaves (H, C). K None takes all units at once.
+def fit_probes(units, leaves, counts=UNITS):
+    """{K: H probes} for hypernyms with leaves (H, C). K None takes all units at once.
 
     Units are ranked by |mean under the hypernym|. On the first K ridge regression to the indicator
     of the hypernym's images; then the threshold of the largest IoU on the same tokens.
     """
     leaves = leaves.to(units.z.device)
     products = leaves @ units.sums.T  # (H, m) of the units and the indicators of the hypernyms
-    hits = {count: [] for count in counts}
+    probes = {count: [] for count in counts}
+    everything = torch.arange(len(units.z), device=units.z.device)
     if None in counts:
         x = units.z.float()
-        x_val = units.z_val.float()
-        weights = ridge(x, products.T).T  # (H, m)
-        for values, val_values, classes in zip(weights @ x, weights @ x_val, leaves):
-            hits[None].append(units.hits(values, val_values, classes))
-    for product, classes in zip(products, leaves):
+        all_weights = ridge(x, products.T).T  # (H, m)
+    for h, (product, classes) in enumerate(zip(products, leaves)):
+        under = classes[units.labels] > 0
         best = product.abs().topk(min(max(UNITS), len(product))).indices
-        x = units.z[best].float()
-        x_val = units.z_val[best].float()
-        for count in filter(None, counts):
-            weights = ridge(x[:count], product[best[:count], None]).squeeze(1)
-            hits[count].append(units.hits(weights @ x[:count], weights @ x_val[:count], classes))
-    return {count: torch.stack(rows) for count, rows in hits.items()}
+        x_best = units.z[best].float()
+        for count in counts:
+            if count is None:
+                chosen, weights, values = everything, all_weights[h], all_weights[h] @ x
+            else:
+                chosen = best[:count]
+                weights = ridge(x_best[:count], product[chosen, None]).squeeze(1)
+                values = weights @ x_best[:count]
+            probes[count].append(Probe(chosen, weights, best_threshold(values, under)))
+    return probes
+
+
+@torch.inference_mode()
+def hits_of(probes, z, labels, classes):
+    """(H, C) on how many images of each class a probe says yes; z (m, N), labels (N,)."""
+    if len(probes[0].units) == len(z):
+        z = z.float()  # once for all
+    hits = []
+    for probe in probes:
+        yes = labels[probe.weights @ z[probe.units].float() >= probe.threshold]
+        hits.append(torch.bincount(yes, minlength=classes).cpu().float())
+    return torch.stack(hits)
 
 
 def iou_of(hits, images, leaves, drawn):
@@ -122,17 +149,25 @@ def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
     """Rows of probes.csv of one dictionary, and (1 + draws,) its mean IoU with one unit by
     `class_draws`, thresholds fixed. All neurons at once are the token: the most that is there."""
     C = len(tree.classes)
-    counts = (*UNITS, None) if dictionary == "neurons" else UNITS
-    units = Units(encode, train, val, labels, C)
-    images = torch.bincount(units.val_labels.cpu(), minlength=C)
+    val_labels = as_labels(labels["val"], val.rows)
+    images = torch.bincount(val_labels, minlength=C)
     large = tree.leaves[tree.hypernyms_to_find].sum(1) >= LARGE  # (H,)
     if not large.any():
         large = ~large
-    draws = class_draws(C)
-    rows = []
+    # fitted under both trees before validation is read: their values need not be held together
+    counts = (*UNITS, None) if dictionary == "neurons" else UNITS
+    units = Units(encode, train, labels["train"], C)
+    fitted = []
     for name, this_tree in (("wordnet", tree), ("permuted", permuted)):
         leaves = leaves_of(this_tree, this_tree.hypernyms_to_find)
-        for count, hits in hypernym_probes(units, leaves, counts).items():
+        fitted.append((name, leaves, fit_probes(units, leaves, counts)))
+    units.z = None
+    z = units.on(val)
+    draws = class_draws(C)
+    rows = []
+    for name, leaves, by_count in fitted:
+        for count, probes in by_count.items():
+            hits = hits_of(probes, z, val_labels.to(z.device), C)
             drawn = iou_of(hits, images, leaves, draws)  # (H, 1 + D)
             if (name, count) == ("wordnet", 1):
                 one_unit = drawn[large].nanmean(0)

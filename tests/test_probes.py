@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import imagenet1k
 
-from kit.probes import Units, best_threshold, class_draws, hypernym_probes, iou_of, probe_rows
+from kit.probes import Units, best_threshold, class_draws, fit_probes, hits_of, iou_of, probe_rows
 from metrics import leaves_of
 from sae import ActivationBuffer
 from taxonomy import Taxonomy
@@ -20,6 +20,14 @@ def buffers(tmp_path, train, val):
     for split, tokens in (("train", train), ("val", val)):
         np.save(tmp_path / f"{split}.npy", tokens.astype(np.float16))
     return [ActivationBuffer(tmp_path / f"{split}.npy") for split in ("train", "val")]
+
+
+def hits_by_count(train, val, labels, leaves, counts):
+    """Fitted on train, counted on val."""
+    units = Units(lambda x: x, train, labels["train"], 20)
+    fitted, z = fit_probes(units, leaves, counts), units.on(val)
+    val_labels = torch.from_numpy(labels["val"])
+    return {count: hits_of(probes, z, val_labels, 20) for count, probes in fitted.items()}
 
 
 def overlap(yes, under):
@@ -46,8 +54,7 @@ def test_probes_against_numpy(tmp_path):
     codes = rng.normal(size=(20, 9))
     tokens = {split: 3 + codes[y] + rng.normal(size=(len(y), 9)) for split, y in labels.items()}
     train, val = buffers(tmp_path, tokens["train"], tokens["val"])
-    units = Units(lambda x: x, train, val, labels, 20)
-    hits = hypernym_probes(units, LEAVES, counts=(1, 4, None))
+    hits = hits_by_count(train, val, labels, LEAVES, (1, 4, None))
     x, x_val = (np.load(tmp_path / f"{split}.npy").astype(float) for split in ("train", "val"))
     mean, deviation = x.mean(0), x.std(0)
     x, x_val = (x - mean) / deviation, (x_val - mean) / deviation
@@ -83,11 +90,13 @@ def test_one_planted_unit_is_enough_and_a_permuted_tree_is_not_told(tmp_path):
     labels = rng.permutation(np.arange(20).repeat(30))
     planted = TREE.leaves[NODES][:, labels].T * (1 + rng.random((600, len(NODES))))
     train, val = buffers(tmp_path, planted, planted[::-1])
-    units = Units(lambda x: x, train, val, {"train": labels, "val": labels[::-1].copy()}, 20)
+    labels = {"train": labels, "val": labels[::-1].copy()}
     images = torch.full((20,), 30.0)
-    assert (iou_of(hypernym_probes(units, LEAVES)[1], images, LEAVES, ONCE) == 1).all()
+    hits = hits_by_count(train, val, labels, LEAVES, (1,))[1]
+    assert (iou_of(hits, images, LEAVES, ONCE) == 1).all()
     leaves = LEAVES[:, torch.from_numpy(rng.permutation(20))]
-    assert iou_of(hypernym_probes(units, leaves)[1], images, leaves, ONCE).mean() < 0.7
+    hits = hits_by_count(train, val, labels, leaves, (1,))[1]
+    assert iou_of(hits, images, leaves, ONCE).mean() < 0.7
 
 
 def test_the_threshold_never_saw_validation(tmp_path):
@@ -96,8 +105,7 @@ def test_the_threshold_never_saw_validation(tmp_path):
     labels = rng.permutation(np.arange(20).repeat(30))
     planted = TREE.leaves[NODES][:, labels].T.astype(float)
     train, val = buffers(tmp_path, planted, planted - 5)
-    units = Units(lambda x: x, train, val, {"train": labels, "val": labels}, 20)
-    hits = hypernym_probes(units, LEAVES, counts=(1,))
+    hits = hits_by_count(train, val, {"train": labels, "val": labels}, LEAVES, (1,))
     assert (iou_of(hits[1], torch.full((20,), 30.0), LEAVES, ONCE) < 0.6).all()
 
 

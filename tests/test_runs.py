@@ -56,11 +56,21 @@ class T:
     a: int = 1
     """what a is"""
 '''
-    for old, new in (("What it is", "Another"), ("# why\n", ""), ("Says.\n\n    More", "Says"),
-                     ("what a is", "x"), ("A = 1\n", "A = 1\n\n\n    # indented\n")):
+    for old, new in (
+        ("What it is", "Another"),
+        ("# why\n", ""),
+        ("Says.\n\n    More", "Says"),
+        ("what a is", "x"),
+        ("A = 1\n", "A = 1\n\n\n    # indented\n"),
+    ):
         assert old in plain and code(plain) == code(plain.replace(old, new))
-    for old, new in (("A = 1", "A = 2"), ("text", "tent"), ('"two"', '"to"'), ("a: int = 1", "a: int = 2"),
-                     ("return", "return not")):
+    for old, new in (
+        ("A = 1", "A = 2"),
+        ("text", "tent"),
+        ('"two"', '"to"'),
+        ("a: int = 1", "a: int = 2"),
+        ("return", "return not"),
+    ):
         assert old in plain and code(plain) != code(plain.replace(old, new))
 
 

@@ -1,10 +1,10 @@
-"""Does the default training converge? Its loss beside other learning rates, and ten times the steps.
+"""Does the default training converge? Its loss beside other rates, and ten times the steps.
 
-    python tests/training.py RUN DATA LAYERS [ACTIVATION [PRECISION [SEEDS]]]
+    python tests/training.py RUN DATA LAYERS [ACTIVATION [PRECISION [SEEDS [LONGER]]]]
 
 RUN is the folder of a run on the images in DATA; the class tokens of LAYERS (as 9,11) are put side
 by side, each centred and scaled. A row for each training: the default, a grid fixed beforehand, ten
-times the epochs at the rate that the rule has for these and at half of it, other seeds.
+times the epochs at the rate that the rule has for these and at half of it (LONGER 0: without).
 Losses are on validation tokens; matched are hypernyms, confirmed on held-out images.
 """
 
@@ -25,7 +25,7 @@ from metrics import Placed, profile_latents, responses_of
 from sae import ActivationBuffer, learning_rate, loss_of, train_sae
 from taxonomy import Taxonomy
 
-GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def side_by_side(run, layers, split):
@@ -61,7 +61,7 @@ def trained(train, val, labels, tree, training):
     )
 
 
-def main(run, data, layers, activation="relu", precision="float32", seeds="3"):
+def main(run, data, layers, activation="relu", precision="float32", seeds="3", long="2"):
     run, layers = Path(run), [int(layer) for layer in layers.split(",")]
     _, val, wnids = find_images(data)
     tree = Taxonomy.from_wnids(wnids)
@@ -77,7 +77,7 @@ def main(run, data, layers, activation="relu", precision="float32", seeds="3"):
         rate = learning_rate(latents, longer.epochs * train.batches_of_an_epoch(longer.batch_size))
         trainings = [replace(default, seed=seed) for seed in range(int(seeds))]
         trainings += [replace(default, lr=lr) for lr in GRID]
-        trainings += [replace(longer, lr=factor * rate) for factor in (1, 0.5)]
+        trainings += [replace(longer, lr=factor * rate) for factor in (1, 0.5)[: int(long)]]
         print(f"{train.width} -> {latents}, {activation}, batch {default.batch_size}, {precision}")
         print("| rate | steps | seed | loss | FVU | L0 | dead | matched |")
         print("|---|---|---|---|---|---|---|---|")
