@@ -86,7 +86,7 @@ def parse_settings(argv=None):
         help="tokens minus their mean, or as they come (%(default)s)")
     add("--epochs", type=count, default=50, help="of an SAE's training (%(default)s)")
     add("--batch-size", type=count, help="of training (4096; less, for at least 2,000 steps)")
-    add("--lr", type=number(float, 1e-12), help="learning rate (3.5 / √(latents x steps))")
+    add("--lr", type=number(float, 1e-12), help="(3.5 / √(latents x steps), twice that for topk)")
     add("--seed", type=number(int, 0), default=0, help="of the SAEs (%(default)s)")
     add("--seeds", type=count, default=1, help="SAEs per layer, from --seed on (%(default)s)")
     add("--saes", help="USER/NAME, or a folder of layer_NN: score these instead of training")

@@ -251,7 +251,7 @@ def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
     steps = settings.epochs * buffer.batches_of_an_epoch(B)
     if steps == 0:
         raise SAEError(f"a batch of {B} is larger than the {buffer.rows} training tokens")
-    lr = settings.lr or learning_rate(len(sae.b_enc), steps)
+    lr = settings.lr or learning_rate(len(sae.b_enc), steps, sae.top_k)
     final_l1 = settings.l1 if sae.top_k is None else 0
     window = -(-steps // WINDOWS)
     sums = torch.zeros(3, device=buffer.device)  # there, so that no step has to wait
@@ -291,11 +291,11 @@ def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
     return sae.eval().requires_grad_(False)
 
 
-def learning_rate(latents, steps):
-    """The default: within 1% of the loss of the best rate in what was tried
-    (docs/is_my_sae_good.md).
-    More steps, or more latents to move at once, want shorter ones."""
-    return min(0.01, 3.5 / (latents * steps) ** 0.5)
+def learning_rate(latents, steps, top_k=None):
+    """The default: its loss is within 3% of the best rate's in what was tried
+    (docs/is_my_sae_good.md). More steps, or more latents to move at once, want smaller ones."""
+    rate = 3.5 / (latents * steps) ** 0.5
+    return min(0.01, rate if top_k is None else 2 * rate)
 
 
 def schedule(step, steps):

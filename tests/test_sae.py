@@ -106,6 +106,7 @@ def test_learning_rate_of_the_default(buffer):
     default = Training(epochs=2, batch_size=100)
     rate = learning_rate(96, 14)
     assert learning_rate(1536, 3900) == pytest.approx(3.5 / np.sqrt(1536 * 3900))
+    assert learning_rate(1536, 3900, 32) == pytest.approx(7 / np.sqrt(1536 * 3900))
     assert same_sae(
         train_sae(buffer, default), train_sae(buffer, Training(epochs=2, batch_size=100, lr=rate))
     )

@@ -22,7 +22,7 @@ import reproduce
 from dinov2_hooks import token_path
 from kit.data import find_images
 from metrics import Placed, profile_latents, responses_of
-from sae import ActivationBuffer, learning_rate, loss_of, train_sae
+from sae import ActivationBuffer, learning_rate, loss_of, top_k_of, train_sae
 from taxonomy import Taxonomy
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -54,7 +54,7 @@ def trained(train, val, labels, tree, training):
     steps = training.epochs * train.batches_of_an_epoch(training.batch_size)
     values = [loss.total, fvu, (z > 0).sum(1).float().mean(), (profile.fires == 0).float().mean()]
     loss, fvu, l0, dead = map(float, values)
-    lr = training.lr or learning_rate(len(sae.b_enc), steps)
+    lr = training.lr or learning_rate(len(sae.b_enc), steps, sae.top_k)
     return (
         f"| {lr:.2g} | {steps:,} | {training.seed} | {loss:.4f} | {fvu:.4f} | {l0:.1f} | "
         f"{dead:.1%} | {placed.choice.matched.sum()} |"
@@ -74,7 +74,8 @@ def main(run, data, layers, activation="relu", precision="float32", seeds="3", l
         default = replace(default, precision=precision)
         longer = replace(default, epochs=10 * default.epochs)
         latents = default.expansion * train.width
-        rate = learning_rate(latents, longer.epochs * train.batches_of_an_epoch(longer.batch_size))
+        steps = longer.epochs * train.batches_of_an_epoch(longer.batch_size)
+        rate = learning_rate(latents, steps, top_k_of(activation, latents))
         trainings = [replace(default, seed=seed) for seed in range(int(seeds))]
         trainings += [replace(default, lr=lr) for lr in GRID]
         trainings += [replace(longer, lr=factor * rate) for factor in (1, 0.5)[: int(long)]]
