@@ -28,7 +28,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: else busy machi
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, finish, layer_name,
@@ -278,14 +277,6 @@ def train_saes(settings, jobs, tokens):
 # ---------------------------------------------------------------- stage 3
 
 
-def open_sae(folder):
-    try:
-        return SparseAutoencoder.from_pretrained(folder)
-    except (SAEError, SafetensorError, ValueError) as error:
-        raise InputError(f"the SAE in {folder} is damaged ({error}): delete this folder, and the "
-                         "same command trains it again") from error
-
-
 def score_layers(settings, inputs, tokens, labels, jobs):
     """Stage 3: {(layer, seed): rows of all tables}, read where they are there."""
     controls = permuted_trees(inputs.tree)
@@ -295,7 +286,7 @@ def score_layers(settings, inputs, tokens, labels, jobs):
             paths = [token_path(tokens / split, n) for split in SPLITS]
             layer = open_layer(*paths, labels, len(inputs.tree.classes), settings.device)
         for job in pending:
-            sae = open_sae(job.sae).to(settings.device)
+            sae = SparseAutoencoder.from_pretrained(job.sae).to(settings.device)
             where = {"layer": n, "seed": job.training.seed}
             made = score_layer(where, sae, layer, labels, inputs.tree, controls, settings.top_k,
                                settings.response_rate)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -148,15 +149,22 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
         """An SAE ready to use, from a folder or the Hub's USER/NAME; no pickle is read.
 
         options  of huggingface_hub's snapshot_download: revision, token, cache_dir ...
-        Raises SAEError where there is none, and huggingface_hub's errors.
+        Raises SAEError where there is none or a damaged one, and huggingface_hub's errors.
         """
         if not Path(name).is_dir():
             wanted = [f"{subfolder}/{file}".lstrip("/") for file in SAE_FILES]
             name = snapshot_download(str(name), allow_patterns=wanted, **options)
-        if not all(Path(name, subfolder, file).is_file() for file in SAE_FILES):
-            raise SAEError(f"there is no SAE in {Path(name, subfolder)}")
-        with redirect_stdout(None):  # the mixin prints
-            sae = super().from_pretrained(Path(name, subfolder))
+        folder = Path(name, subfolder)
+        if not all((folder / file).is_file() for file in SAE_FILES):
+            raise SAEError(f"there is no SAE in {folder}")
+        try:
+            with redirect_stdout(None):  # the mixin prints
+                sae = super().from_pretrained(folder)
+            sae.encode(sae.b_dec[None])
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise SAEError(f"the SAE in {folder} is damaged, or of another kind ({error}); if a "
+                           "run made it: delete this folder, and the same command makes it again"
+                           ) from error
         return sae.eval().requires_grad_(False)
 
 
