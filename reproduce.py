@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, finish, layer_name,
                           record, rows_to_do, token_path)
-from kit import hub, made_of, report
+from kit import figures, hub, made_of, report
 from kit.claims import claims_of
 from kit.data import Decoded, fingerprint, workers_for
 from kit.files import RANK, InputError, check_disk, lock, write_aside
@@ -40,7 +40,7 @@ from kit.inputs import find_inputs, where_to
 from kit.processes import RANKS, barrier, plain_streams, run_as_command
 from kit.rows import emergence_rows, matched_sets
 from kit.scores import open_layer, permuted_trees, score_layer
-from kit.tables import write_csv
+from kit.tables import write_csv, write_tables
 from metrics import TOP, kappa
 from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
                  fast_precision, train_sae)
@@ -383,16 +383,21 @@ def run(settings):
 
 
 def write_results(settings, inputs, out, jobs, record, ids):
-    """Stage 4: tables, claims, figures and the report; the first seed's latents are shown."""
+    """Stage 4: tables, figures, the page, the answer in print; latents are the first seed's."""
+    # a folder of its own for what these scores are of
     saes = jobs[0].sae.parent
     made = {"scores": [str(job.scores.relative_to(out)) for job in jobs]}
     changed = [saes.name] if settings.saes else changed_settings(settings, settings.seed)
     folder = out / "results" / "-".join([*changed, made_of.short_hash(made)])
-    inputs.model.to(settings.device)  # for the maps
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
     with write_aside(folder) as part:
-        print(report.write(part, title, inputs, record, saes, ids))
+        part.mkdir()
+        shown, sentences = write_tables(part, title, inputs.note, record, inputs.layers)
+        pictures = figures.draw(part / "figures", record, inputs.layers)
+        inputs.model.to(settings.device)  # for the maps
+        report.write_page(part, title, inputs, record, saes, ids, shown, sentences, pictures)
         made_of.write_json(part / made_of.NAME, made)
+    print(report.printed(sentences, record["claims"]))
     if settings.push_to_hub:
         hub.publish(settings.push_to_hub, saes, folder, inputs, settings.backbone)
     print(f"\nReport: {folder / 'report.html'}")

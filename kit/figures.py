@@ -116,6 +116,7 @@ def save(action, path, *shown, size=(10, 5.5)):
 
 def draw(folder, tables, layers):
     """Returns the figures that are in the folder: {name: path of the PNG}."""
+    folder.mkdir()
     paths = {}
     for action in (draw_hierarchy, draw_metrics, draw_probes, draw_layers, draw_training):
         name = action.__name__.removeprefix("draw_")

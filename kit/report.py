@@ -1,4 +1,4 @@
-"""What a run leaves for people: report.html, one file that opens from disk, and its pictures."""
+"""What a run leaves for people: report.html, one file that opens from disk; the answer in print."""
 import base64
 import io
 import textwrap
@@ -11,9 +11,9 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 
 from dinov2_hooks import BackboneError, layer_name, relevancy_maps
-from kit import demo, figures
+from kit import demo
 from kit.data import Decoded
-from kit.tables import MARKS, cell, doubts, write_tables
+from kit.tables import MARKS, cell
 from sae import SparseAutoencoder
 
 OPEN = 12  # latents shown open
@@ -126,28 +126,21 @@ def html_table(rows):
     return f'<div class="wide"><table><tr>{"<tr>".join(lines)}</table></div>'
 
 
-def write(folder, title, inputs, record, sae_folder, ids):
-    """Tables, figures and report.html in `folder`; the SAEs are the first seed's. Returns what to
-    print."""
-    (folder / "figures").mkdir(parents=True)
-    shown, sentences = write_tables(folder, title, inputs.note, record, inputs.layers)
-    rows = record["hypernyms"]
-    matched = [row for row in rows if row["emergence_layer"] is not None]
+def write_page(folder, title, inputs, record, sae_folder, ids, shown, sentences, pictures):
+    """report.html; the SAEs are the first seed's. shown, sentences: of `write_tables`; pictures:
+    {name: path} of the figures."""
+    matched = [row for row in record["hypernyms"] if row["emergence_layer"] is not None]
     whose = record["settings"]["backbone"]
-    if whose == "demo":
-        whose = "this demo's small ViT"
-        good = record["claims"][0]["verdict"] == "holds" and not doubts(record, inputs.layers)
-        passed = "passed" if good else "FAILED"
-        sentences.insert(0, f"Check {passed}: {len(matched)} of {len(rows)} planted hypernyms were "
-                         "found in some layer.")
     latents = Latents(inputs, record["settings"]["top_k"], sae_folder, ids)
+    # the best matched are shown open, each latent once
     best = {}
     for row in sorted(matched, key=lambda row: -row["match"]):
-        best.setdefault((row["best_layer"], row["best_latent"]), row)  # each latent once
+        best.setdefault((row["best_layer"], row["best_latent"]), row)
     opened = list(best.values())[:OPEN]
     others = [row for row in matched if row not in opened]
     parts = {
-        "title": escape(title), "note": inputs.note, "whose": escape(whose),
+        "title": escape(title), "note": inputs.note,
+        "whose": "this demo's small ViT" if whose == "demo" else escape(whose),
         "answer": "".join(f"<p>{escape(text)}</p>" for text in sentences),
         "map": emergence_map(matched, inputs.layers),
         "latents": "".join(latents.section(row, TILES) for row in opened),
@@ -156,11 +149,10 @@ def write(folder, title, inputs, record, sae_folder, ids):
         "no_training": "" if record["training"] else " hidden"}
     for name, table in shown.items():
         parts[name] = html_table(table)
-    for name, path in figures.draw(folder / "figures", record, inputs.layers).items():
+    for name, path in pictures.items():
         parts[f"{name}_figure"] = data_uri("png", path.read_bytes())
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     (folder / "report.html").write_text(page.substitute(parts), "utf-8", "backslashreplace")
-    return printed(sentences, record["claims"])
 
 
 def printed(sentences, claims):
@@ -171,4 +163,4 @@ def printed(sentences, claims):
         beside = "" if row["permuted"] is None else f" (permuted {cell(row['permuted'])})"
         mark = MARKS.get(row["verdict"], "–")
         lines.append(f"{mark} {row['claim']}: {cell(row['value'])}{beside}, {row['verdict']}")
-    return "\n" + "\n".join(lines)
+    return "\n".join(["", *lines])

@@ -120,7 +120,14 @@ def findings(tables, layers):
     sentences.insert(1, f"That is a mean over {count:.0f} of {latents:.0f} latents of an SAE that "
                         f"has {l0:.3g} active per image (L0) and leaves {fvu:.0%} of the variance "
                         "unexplained (FVU).")
-    return sentences + doubts(tables, layers)
+    sentences += doubts(tables, layers)
+    if tables["settings"]["backbone"] == "demo":
+        planted = tables["hypernyms"]
+        found = sum(row["emergence_layer"] is not None for row in planted)
+        passed = main["verdict"] == "holds" and not doubts(tables, layers)
+        sentences.insert(0, f"Check {'passed' if passed else 'FAILED'}: {found} of {len(planted)} "
+                            "planted hypernyms were found in some layer.")
+    return sentences
 
 
 def write_csv(path, rows):
@@ -142,5 +149,5 @@ def write_tables(folder, title, note, tables, layers):
     for name, rows in shown.items():
         text.append(f"## {name.replace('_', ' ').capitalize()}\n\n{markdown(rows)}")
     (folder / "tables.md").write_text("\n\n".join(text) + "\n", "utf-8", "backslashreplace")
-    (folder / "results.json").write_text(to_json(tables) + "\n")
+    (folder / "results.json").write_text(to_json(tables | {"latents": "latents.csv"}) + "\n")
     return shown, sentences

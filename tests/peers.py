@@ -92,7 +92,7 @@ def main(run, _, layers, quick=""):
         steps = training.epochs * train.batches_of_an_epoch(B)
         plt.subplot(panel, xscale="log", xlabel=label, ylabel="FVU", xmargin=0.3)
         for name, marker, trainer, rates in (
-            ("kit", "C0*", None, [learning_rate(m, steps)]),
+            ("kit", "C0*", None, [learning_rate(m, steps, None if l1 else K)]),
             ("SAELens", "C1o", train_saelens, [*GRID, SAETrainerConfig.lr]),
             ("overcomplete", "C2o", train_overcomplete, GRID[::-1]),  # its README's is the first
         ):

@@ -53,7 +53,16 @@ def test_scripts_on_the_folder_of_a_run(data, hub, work, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["training.py", "out", str(data), "1,2"])
     runpy.run_path(str(ROOT / "tests/training.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "32 -> 256, relu, batch 16, float32" in printed and printed.count("\n| 0.0") == 10
+    assert "32 -> 256, relu, batch 16, float32" in printed and printed.count("\n| 0.0") == 11
+
+
+def test_other_libraries_on_the_same_tokens(data, hub, work, monkeypatch, capsys):
+    for package in ("sae_lens", "overcomplete"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    assert reproduce.main(small_run(data, hub)) == 0
+    monkeypatch.setattr(sys, "argv", ["peers.py", "out", str(data), "1,2", "quick"])
+    runpy.run_path(str(ROOT / "tests/peers.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("| SAELens |") == 4 and Path("peers.png").exists()
 
 
 FIGURES = ("sparsity.png", "sparsity.pdf", "layers.png", "layers.pdf")
