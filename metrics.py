@@ -66,10 +66,8 @@ def as_labels(labels, rows):
 
 @torch.inference_mode()
 def profile_latents(encode, batches, labels, classes):
-    """One pass over batches of tokens (B, n) in the order of the labels (N,).
-
-    Memory is O(m (B + C)), whatever N is. Raises ValueError where N is not the number of tokens.
-    """
+    """One pass over batches of tokens (B, n) in the order of the labels (N,); memory O(m (B + C)).
+    Raises ValueError where N is not the number of tokens."""
     labels = as_labels(labels, len(labels))
     halves = every_other(labels)
     cells = classes * halves + labels  # a half and a class
@@ -82,8 +80,10 @@ def profile_latents(encode, batches, labels, classes):
             top_images = top_values.long()
         if N + len(z) > len(labels):
             as_labels(labels, N + len(z))  # raises
+        # on how many images of each half and class every latent fires
         cell = cells[N : N + len(z)].to(z.device)
         counts.index_add_(0, cell, (z > 0).float())  # exact below 2**24 images
+        # the top images so far, and this batch's: the largest of both
         values, images = z.topk(min(TOP, len(z)), dim=0)  # (T, m)
         values = torch.cat([top_values, values])
         images = torch.cat([top_images, images + N])
@@ -134,6 +134,7 @@ def dictionaries_of(sae, tokens, mean, seed):
     On these training tokens (N, n) the units have the SAE's own firing rates, dealt at random: at
     equal means alone, rates that differ among latents would flatter the SAE.
     """
+    # how often each latent fires, and these rates dealt anew to the units
     latents, n = sae.W_enc.shape
     fires = torch.zeros(latents, dtype=torch.int64)
     for x in tokens.split(2048):

@@ -69,8 +69,8 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): delete this file, and give the same command "
-                         "again") from error
+        raise InputError(f"{path} is damaged ({error}): delete this file, and give the same "
+                         "command again") from error
 
 
 def write_json(path, content):

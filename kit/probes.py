@@ -30,8 +30,8 @@ def unit_values(encode, buffer, rows):
 
 
 class Units:
-    """The m units of a dictionary on N training tokens of C classes, in half precision, standardised
-    by these tokens; a constant unit tells nothing."""
+    """The m units of a dictionary on N training tokens of C classes, standardised by these tokens,
+    in half precision; a constant unit tells nothing."""
 
     def __init__(self, encode, train, labels, classes):
         N = min(TOKENS, train.rows)

@@ -38,6 +38,7 @@ def score_layer(where, sae, layer, labels, tree, controls, k, response_rate):
     sample = train.rows_at(slice(SAMPLE))  # rows are in random order
     seed = (sae.about or {}).get("seed", where["seed"])
     for name, encode, probed in dictionaries_of(sae, sample, mean, seed):
+        # what each latent responds to, in WordNet's tree and in permuted ones
         profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)
         responses = responses_of(profile, k, response_rate)
         placed = Placed(responses, tree)
@@ -46,15 +47,18 @@ def score_layer(where, sae, layer, labels, tree, controls, k, response_rate):
         rows["hierarchy"] += by_tree
         related = relate(encode, val.rows_at, profile, placed, k)
         rows["relations"].append({"dictionary": name, **related})
+        # of the SAE also what claims are made of, and its latents one by one
         if name == "sae":
             made["permuted_draws"] = draws
             made["hypernyms"] = hypernym_rows(placed, profile)
             rows["latents"] = latent_rows(placed, profile)
             rows["readings"] = reading_rows(profile, placed, permuted[:10])
         del profile, responses, placed, permuted  # before the probes take their room
+        # how well few units tell the images under a hypernym
         by_tree, draws = probe_rows(name, probed, train, val, labels, tree, controls[0])
         rows["probes"] += by_tree
         made["iou_draws"][name] = draws
+    # how good the SAE is, and the layer's tokens
     quality, made["by_class"] = reconstruct(sae, val.batches(VAL_BATCH), labels["val"], C, probe)
     gamma = statistics.mean.norm() / statistics.rms_deviation
     size = {"width": train.width, "latents": len(sae.b_enc)}

@@ -50,7 +50,8 @@ def made_again(before):
 def test_whole_run(data, hub, capsys):
     assert main(small_run(data, hub)) == 0
     columns = {
-        "layers": "layer seed width latents gamma probe_top1 probe_on_reconstruction nmse fvu l0 dead",
+        "layers": "layer seed width latents gamma probe_top1 probe_on_reconstruction nmse fvu l0 "
+        "dead",
         "hierarchy": "layer seed dictionary tree alive single_class lch_height lch_height_pairwise "
         "lch_height_between coverage match ontology_covered hypernyms_lch "
         "hypernyms_matched",
