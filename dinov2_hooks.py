@@ -220,12 +220,11 @@ def allocate(path, rows, width, marks):
 
 def write_rows(path, rows, tokens, marks):
     """Write some rows (B,), rising, of tokens (B, n) in fp16, and then their marks (B,)."""
-    offset = np.load(path, mmap_mode="r").offset
-    size = os.path.getsize(path)
-    N = (size - offset) // (2 * tokens.shape[1] + 1)
+    known, _ = read_part(path)
+    behind = known.offset + known.nbytes
     runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
     with open(path, "r+b") as file:  # a full disk would kill a process that writes to a memory map
-        for start, values in ((offset, tokens), (size - N, marks)):
+        for start, values in ((known.offset, tokens), (behind, marks)):
             for run in runs:  # of consecutive rows
                 file.seek(start + rows[run[0]] * values[0].nbytes)
                 file.write(values[run].tobytes())
@@ -236,7 +235,7 @@ def write_rows(path, rows, tokens, marks):
 @torch.inference_mode()
 def record(model, images, folder, layers, precision="float32", workers=0, rank=0, ranks=1,
            skip_bad=False, ready=lambda: None):
-    """Write the class tokens of a dataset in fp16, a file for each layer, which `finish` makes into
+    """Write the class tokens of a dataset in fp16, a file for each layer that `finish` makes into
     layer_NN.npy. Goes on where it was interrupted, by any number of processes.
 
     images  each item is a pair: the image (3, H, W), and why it could not be read, "" if it could.
@@ -268,8 +267,7 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
     rows = np.flatnonzero(pending & (np.arange(N) // (CHUNK * BATCH) % ranks == rank))
     loader = DataLoader(images, BATCH, sampler=rows.tolist(), num_workers=workers,
                         pin_memory=device.type == "cuda", timeout=600 if workers else 0)
-    recorded = []
-    marks = []
+    recorded, marks = [], []
     loader = tqdm(loader, f"      {folder}", unit="batch", disable=rank > 0)
     for n, (batch, reasons) in enumerate(loader, 1):
         # all layers in one pass; a token that fp16 cannot hold stops the run
@@ -291,11 +289,10 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
         if n % CHUNK == 0 or n == len(loader):
             chunk = torch.cat(recorded, dim=1).numpy()  # (L, B, n)
             stop = (n - 1) * BATCH + len(batch)
+            chunk_rows = rows[stop - len(marks) : stop]
             for path, of_layer in zip(paths, chunk):
-                write_rows(path, rows[stop - len(marks) : stop], of_layer,
-                           np.array(marks, np.uint8))
-            recorded.clear()
-            marks.clear()
+                write_rows(path, chunk_rows, of_layer, np.array(marks, np.uint8))
+            recorded, marks = [], []
 
 
 def finish(folder, layers):

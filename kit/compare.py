@@ -36,40 +36,38 @@ def draw(axis, rows, name, key, column, *kinds):
     axis.legend(fontsize=6)
 
 
-def draw_sparsity(figure, last):
+def draw_sparsity(figure, rows):
     for axis, (title, (table, *what)) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
-        draw(axis, last[table], "line", "L0", *what)
+        draw(axis, [row for row in rows[table] if row["layer"] == row["last"]], "line", "L0", *what)
         axis.set(title=title, xscale="log")
 
 
 def draw_layers(figure, rows):
-    draw(figure.subplots(), rows, "setting", "layer", MAIN, SAE, PERMUTED)
+    draw(figure.subplots(), rows["hierarchy"], "setting", "layer", MAIN, SAE, PERMUTED)
 
 
 def main(*runs):
-    folder = Path(runs[0], "compare")
-    folder.mkdir(exist_ok=True)
-    last = {"layers": [], "hierarchy": [], "probes": []}
-    heights = []
+    rows = {"layers": [], "hierarchy": [], "probes": []}
     shown = []
     for path in sorted(path for run in runs for path in Path(run).glob("results/*/results.json")):
         tables = json.loads(path.read_text(encoding="utf-8"))
-        layer = tables["layers"][-1]["layer"]
-        run = path.parents[2].name
+        *_, run, _, name, _ = path.parts
+        last = tables["layers"][-1]["layer"]
         activation, l1 = (tables["settings"][key] for key in ("activation", "l1"))
-        l0, fvu = (values_of(tables["layers"], key, layer=layer).mean() for key in ("l0", "fvu"))
-        more = {"L0": l0, "line": f"{run}, {activation.partition('-')[0]}",
-                "setting": f"{run}, {path.parent.name}"}
-        for table, rows in last.items():
-            rows += [row | more for row in tables[table] if row["layer"] == layer]
-        heights += [row | more for row in tables["hierarchy"]]
+        l0, fvu = (values_of(tables["layers"], key, layer=last).mean() for key in ("l0", "fvu"))
+        more = {"line": f"{run}, {activation.partition('-')[0]}", "setting": f"{run}, {name}",
+                "L0": l0, "last": last}
+        for table in rows:
+            rows[table] += [row | more for row in tables[table]]
         shown.append({"run": run, "activation": activation, "λ": l1, "L0": l0, "FVU": fvu,
-                      **by_layer(tables, [layer])[0],
+                      **by_layer(tables, [last])[0],
                       **{claim["claim"]: claim["verdict"] for claim in tables["claims"]}})
+    folder = Path(runs[0], "compare")
+    folder.mkdir(exist_ok=True)
     write_csv(folder / "sparsity.csv", shown)
     (folder / "sparsity.md").write_text(markdown(shown), encoding="utf-8")
-    save(draw_sparsity, folder / "sparsity", last, size=(22, 4))
-    save(draw_layers, folder / "layers", heights)
+    save(draw_sparsity, folder / "sparsity", rows, size=(22, 4))
+    save(draw_layers, folder / "layers", rows)
 
 
 if __name__ == "__main__":

@@ -39,24 +39,24 @@ class Units:
         self.labels = as_labels(labels, train.rows)[:N].to(train.device)
         self.z = unit_values(encode, train, N)  # (m, N)
         self.sums = torch.zeros(len(self.z), classes, device=train.device)  # over a class's images
-        self.mean, self.deviation = torch.zeros(2, len(self.z), 1, device=train.device)
-        for rows in torch.arange(len(self.z), device=train.device).split(512):  # bounds the memory
+        self.mean = torch.zeros(len(self.z), 1, device=train.device)
+        self.deviation = torch.zeros_like(self.mean)
+        for rows in self.parts():
             values = self.z[rows].float()
-            deviation, mean = torch.std_mean(values, dim=1, correction=0, keepdim=True)
+            deviation, self.mean[rows] = torch.std_mean(values, 1, correction=0, keepdim=True)
             self.deviation[rows] = deviation.masked_fill(deviation == 0, torch.inf)
-            self.mean[rows] = mean
-            values = self.standardised(values, rows)
+            values = (values - self.mean[rows]) / self.deviation[rows]
             self.z[rows] = values.half()
             self.sums[rows] = self.sums[rows].index_add(1, self.labels, values)
 
-    def standardised(self, values, rows):
-        return (values - self.mean[rows]) / self.deviation[rows]
+    def parts(self):
+        return torch.arange(len(self.mean), device=self.mean.device).split(512)  # bounds the memory
 
     def on(self, buffer):
         """(m, N') the same units on other tokens."""
         z = unit_values(self.encode, buffer, buffer.rows)
-        for rows in torch.arange(len(z), device=z.device).split(512):
-            z[rows] = self.standardised(z[rows].float(), rows).half()
+        for rows in self.parts():
+            z[rows] = ((z[rows].float() - self.mean[rows]) / self.deviation[rows]).half()
         return z
 
 

@@ -41,7 +41,8 @@ def by_layer(tables, layers):
     rows = []
     for layer, dictionary in itertools.product(layers, ("sae", "untrained", "neurons")):
         where = {"layer": layer, "dictionary": dictionary}
-        row = where.copy()
+        count = in_the_mean(tables, layer, dictionary)[0]
+        row = where | {"latents in the mean": f"{count:.0f}"}
         for column, (name, sign, _) in claimed():
             for tree in ("wordnet", "permuted"):
                 values = values_of(tables["hierarchy"], column, tree=tree, **where)
@@ -53,9 +54,9 @@ def by_layer(tables, layers):
     return rows
 
 
-def in_the_mean(tables, layer):
+def in_the_mean(tables, layer, dictionary="sae"):
     """Over how many of how many latents the main score of a layer is a mean; over seeds."""
-    where = {"dictionary": "sae", "tree": "wordnet", "layer": layer}
+    where = {"dictionary": dictionary, "tree": "wordnet", "layer": layer}
     alive = values_of(tables["hierarchy"], "alive", **where)
     single_class = values_of(tables["hierarchy"], "single_class", **where)
     return (alive - single_class).mean(), values_of(tables["layers"], "latents", layer=layer).mean()
