@@ -196,8 +196,8 @@ def read_part(path):
         tokens = np.load(path, mmap_mode="r")
         marks = np.fromfile(path, np.uint8, offset=tokens.offset + tokens.nbytes)
     except (ValueError, EOFError):
-        tokens, marks = (), [np.inf]
-    if len(marks) and (len(marks) != len(tokens) or max(marks) > UNREADABLE):
+        tokens, marks = (), np.zeros(1)
+    if len(marks) and (len(marks) != len(tokens) or marks.max() > UNREADABLE):
         raise ImageError(f"{path} is damaged: delete this one file, and the same command records "
                          "its layer again")
     return tokens, marks
@@ -220,7 +220,7 @@ def allocate(path, rows, width, marks):
 
 def write_rows(path, rows, tokens, marks):
     """Write some rows (B,), rising, of tokens (B, n) in fp16, and then their marks (B,)."""
-    known, _ = read_part(path)
+    known = np.load(path, mmap_mode="r")
     behind = known.offset + known.nbytes
     runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
     with open(path, "r+b") as file:  # a full disk would kill a process that writes to a memory map
@@ -230,6 +230,23 @@ def write_rows(path, rows, tokens, marks):
                 file.write(values[run].tobytes())
             file.flush()
             os.fsync(file.fileno())  # no mark reaches the disk before its row
+
+
+def rows_pending(paths, shape, skip_bad):
+    """((N,) bool, which rows are to be recorded, {position: path} of the files that are not
+    finished). Without skip_bad, images that could not be read are tried again."""
+    pending = np.zeros(shape[0], bool)
+    unfinished = {}
+    for position, path in enumerate(paths):
+        tokens, marks = read_part(path)
+        if len(marks):
+            if tokens.shape != shape:
+                raise ImageError(f"{path} is of {len(tokens)} images and tokens of width "
+                                 f"{tokens.shape[1]}, not {shape[0]} and {shape[1]}: delete this "
+                                 "file")
+            unfinished[position] = path
+            pending |= marks == TO_DO if skip_bad else marks != RECORDED
+    return pending, unfinished
 
 
 @torch.inference_mode()
@@ -257,13 +274,7 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
                 allocate(path, N, width, N)[0].replace(path)
     ready()
     # of the rows that any layer lacks, this process takes every ranks-th chunk
-    pending = np.zeros(N, bool)
-    for path in paths:
-        tokens, marks = read_part(path)
-        if len(marks) and tokens.shape != (N, width):
-            raise ImageError(f"{path} is of {len(tokens)} images and tokens of width "
-                             f"{tokens.shape[1]}, not {N} and {width}: delete this file")
-        pending[: len(marks)] |= marks == TO_DO
+    pending, unfinished = rows_pending(paths, (N, width), skip_bad)
     rows = np.flatnonzero(pending & (np.arange(N) // (CHUNK * BATCH) % ranks == rank))
     loader = DataLoader(images, BATCH, sampler=rows.tolist(), num_workers=workers,
                         pin_memory=device.type == "cuda", timeout=600 if workers else 0)
@@ -290,8 +301,8 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
             chunk = torch.cat(recorded, dim=1).numpy()  # (L, B, n)
             stop = (n - 1) * BATCH + len(batch)
             chunk_rows = rows[stop - len(marks) : stop]
-            for path, of_layer in zip(paths, chunk):
-                write_rows(path, chunk_rows, of_layer, np.array(marks, np.uint8))
+            for position, path in unfinished.items():
+                write_rows(path, chunk_rows, chunk[position], np.array(marks, np.uint8))
             recorded, marks = [], []
 
 
@@ -303,6 +314,7 @@ def finish(folder, layers):
     for layer in layers:
         path = part_path(folder, layer)
         tokens, marks = read_part(path)
+        end = tokens.offset + tokens.nbytes
         if len(marks):
             # every row has to be recorded, and the same images in all layers
             if TO_DO in marks:
@@ -326,9 +338,9 @@ def finish(folder, layers):
                 del tokens  # Windows replaces and cuts no file that is mapped
                 aside.replace(path)
             else:
-                end = tokens.offset + tokens.nbytes
                 del tokens
                 os.truncate(path, end)
+        tokens = None
         path.replace(token_path(folder, layer))
 
 

@@ -43,7 +43,7 @@ from kit.scores import open_layer, permuted_trees, score_layer
 from kit.tables import write_csv, write_tables
 from metrics import TOP, kappa
 from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
-                 fast_precision, train_sae)
+                 fast_precision, learning_rate, top_k_of, train_sae)
 from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
@@ -154,8 +154,7 @@ def check_tokens(settings, inputs, folder):
                          f"{folder}")
     if RANK == 0 and not known:
         if any(folder.rglob("layer_*")):
-            raise InputError(f"{path} is not there, so that nobody knows what the class tokens in "
-                             f"{folder} were made of: put it back, or delete that folder")
+            print(f"      {path} is not there: the class tokens are taken to be of this command")
         made_of.write_json(path, made)
     return made
 
@@ -232,8 +231,8 @@ def changed_settings(settings, seed):
     return [f"{name}_{values[name]}" for name in names if values[name] != defaults[name]]
 
 
-def jobs_of(settings, inputs, trainings, out, tokens):
-    """The SAEs of a run; tokens: what these are made of."""
+def jobs_of(settings, inputs, trainings, out, tokens, published):
+    """The SAEs of a run; tokens: what these are made of; published: the folder of --saes."""
     scoring = {
         "tokens": tokens, "tree": made_of.tree_of(inputs.tree), "top_k": settings.top_k,
         "response_rate": settings.response_rate, "code": made_of.code_of(HERE, *SCORING)}
@@ -243,8 +242,7 @@ def jobs_of(settings, inputs, trainings, out, tokens):
         sae = {"tokens": tokens, "training": asdict(training),
                "code": made_of.code_of(HERE, "sae.py")}
         if settings.saes:
-            width = inputs.model.cls_token.shape[-1]
-            saes = hub.find_saes(settings.saes, inputs.layers, width, settings.backbone)
+            saes = published
             files = [f"{layer_name(n)}/{file}" for n in inputs.layers for file in SAE_FILES]
             sae = made_of.files_of(saes, files)
             changed = [saes.name]
@@ -263,7 +261,11 @@ def train_saes(settings, jobs, tokens):
     for i, job in enumerate(pending, 1):
         title = f"      layer {job.layer}, seed {job.training.seed} ({i} of {len(pending)})"
         buffer = ActivationBuffer(token_path(tokens / "train", job.layer), settings.device)
-        config = {**asdict(job.training), "layer": job.layer, "backbone": settings.backbone}
+        steps = job.training.epochs * buffer.batches_of_an_epoch(job.training.batch_size)
+        latents = job.training.expansion * buffer.width
+        rate = learning_rate(latents, steps, top_k_of(job.training.activation, latents))
+        config = {**asdict(job.training), "lr": job.training.lr or rate, "layer": job.layer,
+                  "backbone": settings.backbone}
         try:
             sae = train_sae(buffer, job.training, about=config, title=None if RANK else title)
         except SAEError as error:
@@ -292,6 +294,8 @@ def score_layers(settings, inputs, tokens, labels, jobs):
                                settings.response_rate)
             made_of.write_json(job.scores, made)
     barrier()
+    if RANK > 0:  # the first process makes the tables
+        return {}
     return {(job.layer, job.training.seed): made_of.read_json(job.scores) for job in jobs}
 
 
@@ -353,6 +357,7 @@ def run(settings):
     with lock(out):
         # what there is to work on, and whether it is what the tokens in `out` were made of
         inputs = find_inputs(settings, out)
+        published = settings.saes and hub.find_saes(settings, inputs)
         tokens = out / "tokens"
         made = check_tokens(settings, inputs, tokens)
         if RANK == 0:
@@ -362,7 +367,7 @@ def run(settings):
         labels, made = record_tokens(settings, inputs, tokens, made)
         # only now is it known which images could be read, of which all that follows is made
         trainings = trainings_of(settings, len(labels["train"]))
-        jobs = jobs_of(settings, inputs, trainings, out, made)
+        jobs = jobs_of(settings, inputs, trainings, out, made, published)
         if RANK == 0:
             missing = sum(not job.sae.is_dir() for job in jobs)
             width = inputs.model.cls_token.shape[-1]
@@ -377,7 +382,8 @@ def run(settings):
             print("[4/4] scores -> tables, figures, report")
             record = {
                 "settings": vars(settings), "made_of": made, "saes": str(jobs[0].sae.parent),
-                "torch": torch.__version__, **tables_of(scores), "training": training_rows(jobs)}
+                "torch": torch.__version__, **tables_of(scores),
+                "training": [] if settings.saes else training_rows(jobs)}
             write_results(settings, inputs, out, jobs, record, labels["val_ids"])
             print(f"Done in {time.time() - start:.0f} s.")
 

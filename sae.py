@@ -159,7 +159,7 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
             raise SAEError(f"there is no SAE in {folder}")
         try:
             with redirect_stdout(None):  # the mixin prints
-                sae = super().from_pretrained(folder)
+                sae = super().from_pretrained(folder, strict=True)
             sae.encode(sae.b_dec[None])
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise SAEError(f"the SAE in {folder} is damaged, or of another kind ({error}); if a "

@@ -2,18 +2,20 @@
 
     python -m kit.compare RUN [RUN ...]     RUN: the output folder of a run, with all its results
 
-A setting is a run: a shell loop over --l1 and --activation makes the sweep. Writes into compare/ of
-the first RUN a table of the last layer (CSV, Markdown) and two figures (PNG, PDF).
+A setting is a run: a shell loop over --l1 and --activation makes the sweep. A line is of an output
+folder and of ReLU or TopK, so give runs that differ in more a folder (--out) each. Writes into
+compare/ of the first RUN a table of the last layer (CSV, Markdown) and two figures (PNG, PDF).
 """
 import json
 import sys
 from pathlib import Path
 
-from kit.claims import MAIN
+from kit.claims import MAIN, claimed
 from kit.figures import line, save
 from kit.rows import values_of
 from kit.tables import by_layer, markdown, write_csv
 
+RESULTS = "results/*/results.json"
 SAE = {"dictionary": "sae", "tree": "wordnet"}
 PERMUTED = SAE | {"tree": "permuted"}
 PANELS = {  # title: table, column, which of its rows, and which are the control, drawn dashed
@@ -49,9 +51,13 @@ def draw_layers(figure, rows):
 def main(*runs):
     rows = {"layers": [], "hierarchy": [], "probes": []}
     shown = []
-    for path in sorted(path for run in runs for path in Path(run).glob("results/*/results.json")):
+    columns = {column for column, _ in claimed()}
+    for path in sorted(path for run in runs for path in Path(run).resolve().glob(RESULTS)):
         tables = json.loads(path.read_text(encoding="utf-8"))
         *_, run, _, name, _ = path.parts
+        if name.endswith(".part") or not columns <= tables["hierarchy"][0].keys():
+            print(f"      ignored: {path.parent} is unfinished, or of other metrics")
+            continue
         last = tables["layers"][-1]["layer"]
         activation, l1 = (tables["settings"][key] for key in ("activation", "l1"))
         l0, fvu = (values_of(tables["layers"], key, layer=last).mean() for key in ("l0", "fvu"))
@@ -62,6 +68,9 @@ def main(*runs):
         shown.append({"run": run, "activation": activation, "λ": l1, "L0": l0, "FVU": fvu,
                       **by_layer(tables, [last])[0],
                       **{claim["claim"]: claim["verdict"] for claim in tables["claims"]}})
+    if not shown:
+        print(f"error: no results in {' '.join(runs) or 'nothing'}: give output folders of runs")
+        return 2
     folder = Path(runs[0], "compare")
     folder.mkdir(exist_ok=True)
     write_csv(folder / "sparsity.csv", shown)
@@ -71,4 +80,4 @@ def main(*runs):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

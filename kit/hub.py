@@ -43,10 +43,12 @@ def publish(repo, saes, results, inputs, backbone):
     print(f"\nPublished: https://huggingface.co/{repo}")
 
 
-def find_saes(source, layers, width, backbone):
+def find_saes(settings, inputs):
     """The folder of layer_NN of published SAEs, local or fetched; looked at before it is used."""
+    source = settings.saes
     folder = Path(source).expanduser()
-    names = list(map(layer_name, layers))
+    width = inputs.model.cls_token.shape[-1]
+    names = list(map(layer_name, inputs.layers))
     if not folder.is_dir():
         wanted = [f"{name}/{file}" for name in names for file in SAE_FILES]
         folder = Path(snapshot_download(source, allow_patterns=wanted))
@@ -56,6 +58,6 @@ def find_saes(source, layers, width, backbone):
         if len(sae.b_dec) != width:
             raise InputError(f"--saes {source}: {name} is for tokens of width {len(sae.b_dec)}, "
                              f"not {width}")
-        if trained_on != backbone:
-            print(f"      {name} was trained on {trained_on}, and is scored on {backbone}")
+        if trained_on != settings.backbone:
+            print(f"      {name} was trained on {trained_on}, and is scored on {settings.backbone}")
     return folder

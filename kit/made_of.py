@@ -24,7 +24,8 @@ import torch
 
 from kit.files import InputError, to_json, write_aside
 
-NOT_CODE = re.compile(r'^[ \t]*(#.*|"""\S[\s\S]*?""")?[ \t]*\n', re.MULTILINE)
+TEXT = r'"""\S(?:(?!""")[\s\S])*"""'
+NOT_CODE = re.compile(rf"^[ \t]*(#.*|{TEXT})?[ \t]*\n", re.MULTILINE)
 NAME = "made_of.json"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from metrics import as_labels, leaves_of, mean_of, sort_rows
 
 TOKENS = 65_536  # training tokens on which the probes are fitted
+BLOCK = 4096  # tokens on which they are scored at once
 UNITS = (1, 4, 16)  # how many a probe may use
 LARGE = 5  # classes; two- and three-class hypernyms are half of ImageNet's, and hard to probe
 
@@ -52,12 +53,10 @@ class Units:
     def parts(self):
         return torch.arange(len(self.mean), device=self.mean.device).split(512)  # bounds the memory
 
-    def on(self, buffer):
-        """(m, N') the same units on other tokens."""
-        z = unit_values(self.encode, buffer, buffer.rows)
-        for rows in self.parts():
-            z[rows] = ((z[rows].float() - self.mean[rows]) / self.deviation[rows]).half()
-        return z
+    def on(self, tokens):
+        """Tokens (B, n) -> (m, B) the same units on these, as if they had been kept like `z`."""
+        z = self.encode(tokens).T.half().float()
+        return ((z - self.mean) / self.deviation).half().float()
 
 
 def best_threshold(values, under):
@@ -82,7 +81,7 @@ def ridge(x, products):
 class Probe(NamedTuple):
     """Says yes where weights @ units >= threshold."""
 
-    units: Tensor  # (K,) int
+    units: Tensor  # (K,) int, or a slice of all
     weights: Tensor  # (K,)
     threshold: Tensor  # of the largest IoU on training tokens
 
@@ -97,7 +96,6 @@ def fit_probes(units, leaves, counts=UNITS):
     leaves = leaves.to(units.z.device)
     products = leaves @ units.sums.T  # (H, m) of the units and the indicators of the hypernyms
     probes = {count: [] for count in counts}
-    everything = torch.arange(len(units.z), device=units.z.device)
     if None in counts:
         x = units.z.float()
         all_weights = ridge(x, products.T).T  # (H, m)
@@ -107,7 +105,7 @@ def fit_probes(units, leaves, counts=UNITS):
         x_best = units.z[best].float()
         for count in counts:
             if count is None:
-                chosen, weights, values = everything, all_weights[h], all_weights[h] @ x
+                chosen, weights, values = slice(None), all_weights[h], all_weights[h] @ x
             else:
                 chosen = best[:count]
                 weights = ridge(x_best[:count], product[chosen, None]).squeeze(1)
@@ -117,15 +115,19 @@ def fit_probes(units, leaves, counts=UNITS):
 
 
 @torch.inference_mode()
-def hits_of(probes, z, labels, classes):
-    """(H, C) on how many images of each class a probe says yes; z (m, N), labels (N,)."""
-    if len(probes[0].units) == len(z):
-        z = z.float()  # once for all
-    hits = []
-    for probe in probes:
-        yes = labels[probe.weights @ z[probe.units].float() >= probe.threshold]
-        hits.append(torch.bincount(yes, minlength=classes).cpu().float())
-    return torch.stack(hits)
+def hits_of(fitted, units, buffer, labels, classes):
+    """{key: H probes} -> {key: (H, C)} on how many tokens of each class a probe says yes. The
+    buffer's tokens, with labels (N',), are read in blocks: memory does not grow with them."""
+    hits = {key: torch.zeros(len(probes), classes) for key, probes in fitted.items()}
+    for start in range(0, buffer.rows, BLOCK):
+        rows = slice(start, start + BLOCK)
+        z = units.on(buffer.rows_at(rows))  # (m, B)
+        of_block = labels[rows].to(z.device)
+        for key, probes in fitted.items():
+            for h, probe in enumerate(probes):
+                yes = of_block[probe.weights @ z[probe.units] >= probe.threshold]
+                hits[key][h] += torch.bincount(yes, minlength=classes).cpu()
+    return hits
 
 
 def iou_of(hits, images, leaves, drawn):
@@ -157,24 +159,23 @@ def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
     # fitted under both trees before validation is read: their values need not be held together
     counts = (*UNITS, None) if dictionary == "neurons" else UNITS
     units = Units(encode, train, labels["train"], C)
-    fitted = []
-    for name, this_tree in (("wordnet", tree), ("permuted", permuted)):
-        leaves = leaves_of(this_tree, this_tree.hypernyms_to_find)
-        fitted.append((name, leaves, fit_probes(units, leaves, counts)))
+    trees = {"wordnet": tree, "permuted": permuted}
+    leaves = {}
+    fitted = {}
+    for name, this_tree in trees.items():
+        leaves[name] = leaves_of(this_tree, this_tree.hypernyms_to_find)
+        for count, probes in fit_probes(units, leaves[name], counts).items():
+            fitted[name, count] = probes
     units.z = None
-    z = units.on(val)
     draws = class_draws(C)
     rows = []
-    for name, leaves, by_count in fitted:
-        for count, probes in by_count.items():
-            hits = hits_of(probes, z, val_labels.to(z.device), C)
-            drawn = iou_of(hits, images, leaves, draws)  # (H, 1 + D)
-            if (name, count) == ("wordnet", 1):
-                one_unit = drawn[large].nanmean(0)
-            iou = drawn[:, 0].numpy()
-            rows.append({
-                "dictionary": dictionary if count else "token",
-                "units": count or train.width, "tree": name,
-                "iou": mean_of(iou[large]), "iou_small": mean_of(iou[~large]),
-                "above_half": (iou > 0.5).sum(), "best": np.nanmax(iou)})
+    for (name, count), hits in hits_of(fitted, units, val, val_labels, C).items():
+        drawn = iou_of(hits, images, leaves[name], draws)  # (H, 1 + D)
+        if (name, count) == ("wordnet", 1):
+            one_unit = drawn[large].nanmean(0)
+        iou = drawn[:, 0].numpy()
+        rows.append({
+            "dictionary": dictionary if count else "token", "units": count or train.width,
+            "tree": name, "iou": mean_of(iou[large]), "iou_small": mean_of(iou[~large]),
+            "above_half": (iou > 0.5).sum(), "best": np.nanmax(iou)})
     return rows, one_unit

@@ -155,6 +155,8 @@ def test_images_that_cannot_be_read(vit, tmp_path, capsys):
         record(vit, images, tmp_path, [1])
     record(vit, images, tmp_path, [1], skip_bad=True)
     assert "left out: one is broken" in capsys.readouterr().out
+    with pytest.raises(ImageError, match="one is\nbroken"):  # asked again, without being told so
+        record(vit, images, tmp_path, [1])
     finish(tmp_path, [1])
     with torch.inference_mode():
         expected = class_tokens(vit, torch.stack([images[i][0] for i in (0, 2, 3, 5)]), [1])[0]

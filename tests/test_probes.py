@@ -25,9 +25,8 @@ def buffers(tmp_path, train, val):
 def hits_by_count(train, val, labels, leaves, counts):
     """Fitted on train, counted on val."""
     units = Units(lambda x: x, train, labels["train"], 20)
-    fitted, z = fit_probes(units, leaves, counts), units.on(val)
-    val_labels = torch.from_numpy(labels["val"])
-    return {count: hits_of(probes, z, val_labels, 20) for count, probes in fitted.items()}
+    fitted = fit_probes(units, leaves, counts)
+    return hits_of(fitted, units, val, torch.from_numpy(labels["val"]), 20)
 
 
 def overlap(yes, under):

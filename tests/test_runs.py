@@ -52,6 +52,11 @@ def f():
     More.
     """
     return "two"  # at the end of a line
+def g(x):
+    """One more."""  # noqa
+    return x + 1
+def h():
+    """Nothing."""
 class T:
     a: int = 1
     """what a is"""
@@ -70,6 +75,7 @@ class T:
         ('"two"', '"to"'),
         ("a: int = 1", "a: int = 2"),
         ("return", "return not"),
+        ("x + 1", "x + 2"),
     ):
         assert old in plain and code(plain) != code(plain.replace(old, new))
 

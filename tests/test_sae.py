@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import same_sae
+from safetensors.torch import load_file, save_file
 
 import sae as sae_module
 from sae import (
@@ -236,6 +237,20 @@ def test_saved_without_pickle_and_loaded_the_same(buffer, tmp_path, capsys):
     assert torch.equal(sae.encode(x), loaded.encode(x)) and torch.equal(sae(x)[0], loaded(x)[0])
     assert loaded.about == {"layer": 3, "l1": 0.1}
     assert json.loads((tmp_path / "layer_03/config.json").read_text())["latents"] == 96
+
+
+def test_an_sae_that_lacks_a_tensor_or_has_another_is_refused(tmp_path):
+    SparseAutoencoder(4, 8).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in list(weights):
+        save_file(
+            {key: weights[key] for key in weights if key != name}, tmp_path / "model.safetensors"
+        )
+        with pytest.raises(SAEError, match=f"(?s)is damaged, or of another kind .*{name}"):
+            SparseAutoencoder.from_pretrained(tmp_path)
+    save_file(weights | {"W": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(SAEError, match="of another kind"):
+        SparseAutoencoder.from_pretrained(tmp_path)
 
 
 def test_what_cannot_be_trained(tmp_path):

@@ -34,8 +34,14 @@ def test_scripts_on_the_folder_of_a_run(data, hub, work, monkeypatch, capsys):
     for more in (["--seeds", "2"], ["--activation", "topk-4"], ["--l1", "0.3"]):
         assert reproduce.main(small_run(data, hub, *more)) == 0
     monkeypatch.setattr(sys, "argv", ["compare", "out"])
-    runpy.run_module("kit.compare", run_name="__main__")
+    with pytest.raises(SystemExit):
+        runpy.run_module("kit.compare", run_name="__main__")
     made = {path.name for path in Path("out/compare").iterdir()}
+    for nothing in ([], ["nowhere"]):
+        monkeypatch.setattr(sys, "argv", ["compare", *nothing])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("kit.compare", run_name="__main__")
+        assert stop.value.code == 2 and "give output folders of runs" in capsys.readouterr().out
     assert made == {"sparsity.csv", "sparsity.md", *FIGURES}
     with open("out/compare/sparsity.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
