@@ -72,17 +72,18 @@ def doubts(tables, layers):
         loss = values_of(tables["training"], "loss", layer=layer).reshape(len(fvu), -1).mean(0)
         third, fourth = (mean_of(loss[i * len(loss) // 5 :][: len(loss) // 5]) for i in (2, 3))
         for value, limit, text in (
-                (fvu.max(), POOR, "the SAE reconstructs hardly better than the mean (FVU): lower "
-                                  "--l1, or train longer"),
+                (fvu.max(), POOR, "the SAE reconstructs hardly better than the mean: lower --l1, "
+                                  "or train longer. FVU:"),
                 (1 - count / latents, 1 - FEW, "nearly all latents are in no mean, as they fire on "
-                                               "few images or on one class: lower --l1"),
+                                               "few images or on one class: lower --l1. Left "
+                                               "out:"),
                 (mean_of(loss[-1:]) / mean_of(loss[:1]), POOR, "the loss hardly fell at all: raise "
-                                                               "--lr or --epochs"),
+                                                               "--lr or --epochs. Left of it:"),
                 (1 - fourth / third, FALL, "the loss still fell before the learning rate did: more "
-                                           "--epochs")):
+                                           "--epochs. By:")):
             if value > limit:
                 bad.setdefault(text, []).append(f"layer {layer} ({value:.0%})")
-    return [f"Beware, {text}. {', '.join(where)}." for text, where in bad.items()]
+    return [f"Beware, {text} {', '.join(where)}." for text, where in bad.items()]
 
 
 def findings(tables, layers):
