@@ -87,10 +87,10 @@ def test_an_sae_that_is_not_good_is_said_to_be_so():
     falling = FLAT * np.linspace(1, 0.8, 20)
     assert doubts(tables(loss=FLAT), [0, 1]) == []
     for more, words in (
-        (dict(fvu=0.95), "reconstructs hardly better than the mean .* layer 1 .95%"),
-        (dict(alive=29), "nearly all latents are in no mean, .* layer 1 .91%"),
-        (dict(loss=np.full(20, 0.7)), "the loss hardly fell at all: .* layer 1 .100%"),
-        (dict(loss=falling), "the loss still fell before the learning rate did: .* layer 1 .5%"),
+        (dict(fvu=0.95), "reconstructs hardly better than the mean.*FVU: layer 1 .95%"),
+        (dict(alive=29), "nearly all latents are in no mean.*Left out: layer 1 .91%"),
+        (dict(loss=np.full(20, 0.7)), "the loss hardly fell at all.*Left of it: layer 1 .100%"),
+        (dict(loss=falling), "the loss still fell before the learning rate did.*By: layer 1 .5%"),
     ):
         (sentence,) = doubts(tables(**{"loss": FLAT, **more}), [0, 1])
         assert re.search(words, sentence)
