@@ -409,9 +409,7 @@ def relate(encode, read, profile, placed, k=16):
 
 def kappa(matched):
     """Consistency: Cohen's kappa of every two layers' hypernyms matched, (L, H) bool -> (L, L).
-
-    Agreement beyond what sets of these sizes have by chance; NaN where a set is empty or full.
-    """
+    Agreement beyond what sets of these sizes have by chance; NaN where a set is empty or full."""
     share = matched.mean(1)
     expected = np.outer(share, share) + np.outer(1 - share, 1 - share)
     agreement = (matched[:, None] == matched).mean(2)
@@ -464,13 +462,18 @@ def reconstruct(sae, batches, labels, classes, probe):
     return Reconstruction(*map(float, values)), dict(zip(names, sums))
 
 
+def linear_logits(probe, x):
+    """tokens (B, n) -> (B, classes)"""
+    mean, deviation, W, b = probe
+    return (x - mean) / deviation @ W + b
+
+
 def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
-    """A linear classifier of tokens, train (N, n), an array in memory or on disk. Returns a
-    function, tokens (B, n) -> logits (B, classes), on the device of mean and variance (n,).
+    """A linear classifier of tokens, train (N, n), an array in memory or on disk, on the device of
+    mean and variance (n,). Returns what `linear_logits` takes: mean, deviation, W (n, classes), b.
 
     Multinomial logistic regression on standardised tokens; AdamW, batches of 256 consecutive rows
-    (which are to be in random order), 10 epochs but at least so many steps, learning rate 2e-3
-    decaying to zero.
+    (in random order already), 10 epochs but at least so many steps, a rate of 2e-3 decaying to 0.
     """
     device = mean.device
     labels = as_labels(labels, len(train)).to(device)
@@ -479,10 +482,7 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
     mean = mean.float()
     W = torch.zeros(len(mean), classes, device=device, requires_grad=True)
     b = torch.zeros(classes, device=device, requires_grad=True)
-
-    def logits(x):
-        return (x - mean) / deviation @ W + b
-
+    probe = mean, deviation, W, b
     optimizer = torch.optim.AdamW([W, b], lr=2e-3, weight_decay=1e-2, fused=True)
     steps = max(1, len(train) // 256)  # an epoch
     epochs = max(10, -(-least_steps // steps))
@@ -492,9 +492,9 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
         for start in 256 * rng.permutation(steps):
             rows = slice(start, start + 256)
             x = torch.from_numpy(np.array(train[rows])).to(device).float()  # of a memory map
-            loss = cross_entropy(logits(x), labels[rows])
+            loss = cross_entropy(linear_logits(probe, x), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             decay.step()
-    return logits
+    return [tensor.detach() for tensor in probe]

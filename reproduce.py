@@ -15,6 +15,7 @@ torchrun --nproc-per-node 8 reproduce.py ...  shares images, layers and seeds am
 """
 import argparse
 import csv
+import inspect
 import itertools
 import os
 import re
@@ -41,7 +42,7 @@ from kit.processes import RANKS, barrier, plain_streams, run_as_command
 from kit.rows import emergence_rows, matched_sets
 from kit.scores import open_layer, permuted_trees, score_layer
 from kit.tables import write_csv, write_tables
-from metrics import TOP, kappa
+from metrics import TOP, kappa, linear_probe
 from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
                  fast_precision, learning_rate, top_k_of, train_sae)
 from taxonomy import TaxonomyError
@@ -279,14 +280,18 @@ def train_saes(settings, jobs, tokens):
 # ---------------------------------------------------------------- stage 3
 
 
-def score_layers(settings, inputs, tokens, labels, jobs):
-    """Stage 3: {(layer, seed): rows of all tables}, read where they are there."""
+def score_layers(settings, inputs, out, labels, jobs, made):
+    """Stage 3: {(layer, seed): rows of all tables}, read where they are there. made: what the
+    tokens are made of, and so the linear probes."""
     controls = permuted_trees(inputs.tree)
+    code = made_of.hash_of(inspect.getsource(linear_probe).encode())
+    probes = made_of.folder_for(out / "probes", {"tokens": made, "code": code})
     for n in tqdm(inputs.layers[RANK::RANKS], "      layers", unit="layer", disable=RANK > 0):
         pending = [job for job in jobs if job.layer == n and not job.scores.exists()]
-        if pending:  # the linear probe is fitted once a layer, whatever the SAE
-            paths = [token_path(tokens / split, n) for split in SPLITS]
-            layer = open_layer(*paths, labels, len(inputs.tree.classes), settings.device)
+        if pending:
+            paths = [token_path(out / "tokens" / split, n) for split in SPLITS]
+            layer = open_layer(*paths, labels, len(inputs.tree.classes), settings.device,
+                               probes / f"{layer_name(n)}.pt")
         for job in pending:
             sae = SparseAutoencoder.from_pretrained(job.sae).to(settings.device)
             where = {"layer": n, "seed": job.training.seed}
@@ -377,7 +382,7 @@ def run(settings):
         if not settings.saes:
             train_saes(settings, jobs, tokens)
         print("[3/4] latents -> scores")
-        scores = score_layers(settings, inputs, tokens, labels, jobs)
+        scores = score_layers(settings, inputs, out, labels, jobs, made)
         if RANK == 0:
             print("[4/4] scores -> tables, figures, report")
             record = {

@@ -1,24 +1,38 @@
 """The latents of a layer -> its rows of all tables, beside baselines and permuted trees."""
-import numpy as np
+from contextlib import suppress
+from functools import partial
+from pickle import UnpicklingError
 
+import numpy as np
+import torch
+
+from kit.files import write_aside
 from kit.probes import probe_rows
 from kit.readings import reading_rows
 from kit.rows import hierarchy_rows, hypernym_rows, latent_rows
-from metrics import (SAMPLE, Placed, dictionaries_of, linear_probe, profile_latents, reconstruct,
-                     relate, responses_of)
+from metrics import (SAMPLE, Placed, dictionaries_of, linear_logits, linear_probe, profile_latents,
+                     reconstruct, relate, responses_of)
 from sae import ActivationBuffer
 
 VAL_BATCH = 2048  # tokens scored at once
 TREES = {"sae": 40, "neurons": 10, "untrained": 10}  # how many permuted trees
 
 
-def open_layer(train_path, val_path, labels, classes, device):
-    """What all SAEs of a layer are scored with: (train, val, statistics, linear probe)."""
+def open_layer(train_path, val_path, labels, classes, device, cached=None):
+    """What all SAEs of a layer are scored with: (train, val, statistics, linear probe). cached: the
+    file in which the linear probe is, or will be: on ImageNet it takes minutes."""
     train = ActivationBuffer(train_path, device)
     statistics = train.statistics()
-    probe = linear_probe(train.tokens, labels["train"], classes, statistics.mean,
-                         statistics.variance)
-    return train, ActivationBuffer(val_path, device), statistics, probe
+    probe = None
+    with suppress(OSError, EOFError, RuntimeError, UnpicklingError):  # not there, or damaged
+        probe = cached and torch.load(cached, map_location=device)
+    if probe is None:
+        probe = linear_probe(train.tokens, labels["train"], classes, statistics.mean,
+                             statistics.variance)
+        if cached:
+            with write_aside(cached) as part:
+                torch.save(probe, part)
+    return train, ActivationBuffer(val_path, device), statistics, partial(linear_logits, probe)
 
 
 def permuted_trees(tree):

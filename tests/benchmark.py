@@ -59,7 +59,8 @@ def score(quick):
         for (split, count), path in zip(rows.items(), paths):
             labels[split] = rng.permutation(np.arange(count) % C)
             write_tokens(path, labels[split], codes, rng)
-        with mock.patch("kit.scores.linear_probe", lambda *given: lambda x: x[:, :C]):
+        scores.linear_logits = lambda probe, x: x[:, :C]
+        with mock.patch("kit.scores.linear_probe", lambda *given: 0):
             layer = scores.open_layer(*paths, labels, C, DEVICE)
         sae = new_sae(layer[2], Training(expansion=expansion)).to(DEVICE).requires_grad_(False)
         sae.b_enc.fill_(-0.05)  # about 5% of random latents fire

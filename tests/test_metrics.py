@@ -15,6 +15,7 @@ from metrics import (
     Profile,
     dictionaries_of,
     kappa,
+    linear_logits,
     linear_probe,
     profile_latents,
     reconstruct,
@@ -485,7 +486,8 @@ def test_probe_on_separable_and_on_random_labels(tmp_path):
             train, labels_of_train, 10, about.mean, about.variance, least_steps=600
         )
         val = torch.from_numpy(tokens[2000:]).float()
-        return float((probe(val).argmax(1) == torch.from_numpy(labels[2000:])).float().mean())
+        logits = linear_logits(probe, val)
+        return float((logits.argmax(1) == torch.from_numpy(labels[2000:])).float().mean())
 
     from_disk = accuracy(np.load(tmp_path / "tokens.npy", mmap_mode="r"), labels[:2000])
     assert from_disk > 0.99 and from_disk == accuracy(tokens[:2000], labels[:2000].tolist())

@@ -17,7 +17,7 @@ from conftest import ROOT, WNIDS, refused, results, small_run, write_images
 
 import metrics
 import reproduce
-from kit import figures
+from kit import figures, scores
 from kit.inputs import parse_layers
 from kit.tables import over_seeds
 from reproduce import main, parse_settings, trainings_of
@@ -195,6 +195,24 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
         assert main([*run, *more]) == 0 and made_again(before) == stages
         assert before.items() <= made().items()  # nothing old is lost
     assert len(os.listdir("out/results")) == 7  # no code or setting replaces another's
+
+
+def test_the_linear_probe_is_fitted_once_a_layer(data, hub, monkeypatch):
+    """Whatever the SAEs; again where its file is damaged."""
+    fitted = []
+    real = scores.linear_probe
+    monkeypatch.setattr(scores, "linear_probe", lambda *given: fitted.append(1) or real(*given))
+    for l1 in ("0.1", "0.2"):
+        assert main(small_run(data, hub, "--l1", l1)) == 0 and len(fitted) == 3
+    rows = [
+        row["probe_top1"]
+        for row in csv.DictReader(open(next(Path("out/results").glob("l1*/layers.csv"))))
+    ]
+    (path,) = Path("out/probes").glob("*/layer_01.pt")
+    path.write_bytes(path.read_bytes()[:100])
+    assert main(small_run(data, hub, "--l1", "0.3")) == 0 and len(fitted) == 4
+    again = csv.DictReader(open(next(Path("out/results").glob("l1_0.3*/layers.csv"))))
+    assert [row["probe_top1"] for row in again] == rows
 
 
 def test_tokens_of_something_else_are_refused(data, hub, capsys):
