@@ -11,6 +11,7 @@ BLOCKS, WIDTH, TOKENS = 40, 1536, 257
 LATENTS, BATCH, EPOCHS = 12_288, 4096, 50
 CARDS = {"RTX 4090": 165e12, "H100": 989e12}  # operations a second
 REACHED = 0.5
+PROBE_STEP = 0.5e-3  # seconds: a dozen small kernels, whatever the card; an assumption
 
 
 def flop_of_an_image():
@@ -31,3 +32,5 @@ if __name__ == "__main__":
         tokens = images * flop_of_an_image() / (REACHED * rate) / 3600
         saes = steps * flop_of_a_step() / (REACHED * rate) / 3600
         print(f"{card}: class tokens {tokens:.1f} h, SAEs {saes:.1f} h")
+    probes = BLOCKS * 10 * (IMAGES["train"] // 256)  # ten epochs of 256 tokens, once a layer
+    print(f"linear probes: {probes:,} steps, {probes * PROBE_STEP / 3600:.1f} h")
