@@ -300,7 +300,7 @@ def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
 
 
 def learning_rate(latents, steps, top_k=None):
-    """The default: its loss is within 3% of the best rate's in what was tried
+    """The default: its loss is within 4% of the best rate's in what was tried
     (docs/is_my_sae_good.md). More steps, or more latents to move at once, want smaller ones."""
     rate = 3.5 / (latents * steps) ** 0.5
     return min(0.01, rate if top_k is None else 2 * rate)
