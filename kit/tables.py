@@ -122,11 +122,12 @@ def findings(tables, layers):
     sentences.insert(1, f"That is a mean over {count:.0f} of {latents:.0f} latents of an SAE that "
                         f"has {l0:.3g} active per image (L0) and leaves {fvu:.0%} of the variance "
                         "unexplained (FVU).")
-    sentences += doubts(tables, layers)
+    beware = doubts(tables, layers)
+    sentences += beware
     if tables["settings"]["backbone"] == "demo":
         planted = tables["hypernyms"]
         found = sum(row["emergence_layer"] is not None for row in planted)
-        passed = main["verdict"] == "holds" and not doubts(tables, layers)
+        passed = main["verdict"] == "holds" and not beware
         sentences.insert(0, f"Check {'passed' if passed else 'FAILED'}: {found} of {len(planted)} "
                             "planted hypernyms were found in some layer.")
     return sentences
