@@ -16,13 +16,15 @@ import math
 import os
 import re
 import warnings
+import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -36,27 +38,53 @@ CHUNK = 32  # batches in a file while recording: what an interruption may lose
 
 
 class BackboneError(ValueError):
-    """A backbone that cannot be loaded or is no ViT; a layer it lacks; a token not finite."""
+    """A backbone that cannot be loaded or is not a ViT, or is in training mode; a layer it lacks; a
+    token that is not finite."""
+
+
+@contextmanager
+def process_unchanged():
+    """A repository's own code may change the folder, the default dtype and device, gradients."""
+    folder = os.getcwd()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    gradients = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        torch.set_grad_enabled(gradients)
 
 
 def load_backbone(name="dinov2_vitg14", hub=HUB, **options):
     """A ViT from a torch.hub repository ("owner/name:commit") or a folder with a hubconf.py.
 
-    `options` go to its entry point, as pretrained=False. Raises BackboneError: no such folder or
-    entry point, no network, a package missing, no ViT.
+    `options` go to its entry point, as pretrained=False. Without it, pretrained=True is asked for:
+    timm's entry points would give random weights. Weights of any precision become float32.
+    Raises BackboneError: no such folder or entry point, no network, a package missing, not a ViT.
     """
     folder = Path(hub).expanduser()
     where = {"repo_or_dir": str(folder), "source": "local"}
     if not (folder / "hubconf.py").is_file():
         if folder.exists() or not re.fullmatch(r"[\w-]+/[\w.-]+(:[\w./-]+)?", hub):
-            raise BackboneError(f"{hub} is no folder with a hubconf.py, and no owner/name:commit")
+            raise BackboneError(f"{hub} is not a folder with a hubconf.py, nor owner/name:commit")
         # skip_validation: torch.hub would ask GitHub's rate-limited API, which knows no commits
         where = {"repo_or_dir": hub, "skip_validation": True, "trust_repo": True}
     os.environ["XFORMERS_DISABLED"] = "1"  # of DINOv2's code: other kernels, and so other tokens
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), process_unchanged():
             warnings.filterwarnings("ignore", message="xFormers")  # that it does without
-            model = torch.hub.load(model=name, verbose=False, **where, **options)
+            load = partial(torch.hub.load, model=name, verbose=False, **where)
+            try:
+                model = load(**{"pretrained": True, **options})
+            except TypeError as error:
+                if "pretrained" in options or "'pretrained'" not in str(error):
+                    raise
+                print(f"      {name} of {hub} knows no pretrained=True: whether its weights are "
+                      "trained is up to it")
+                model = load(**options)
     except OSError as error:  # URLError and HTTPError among them
         raise BackboneError(
             f"{name} could not be fetched from {hub} ({error}); give a local copy (README, Trouble)"
@@ -65,15 +93,20 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, **options):
         raise BackboneError(f"{hub}: {name} failed with {type(error).__name__}: {error}; a package "
                             f"may be missing; or delete {torch.hub.get_dir()}'s copy") from error
     if not len(getattr(model, "blocks", ())) or getattr(model, "cls_token", None) is None:
-        raise BackboneError(f"{name} is no vision transformer with a class token: it needs .blocks "
-                            "and .cls_token")
-    return model.eval().requires_grad_(False)
+        raise BackboneError(f"{name} is not a vision transformer with a class token: it needs "
+                            ".blocks and .cls_token")
+    return model.float().eval().requires_grad_(False)
 
 
-def eval_transform(resize=256, crop=224, interpolation="bicubic", mean=(0.485, 0.456, 0.406),
+def eval_transform(resize=None, crop=224, interpolation="bicubic", mean=(0.485, 0.456, 0.406),
                    std=(0.229, 0.224, 0.225)):
     """DINOv2's evaluation transform, PIL image -> (3, crop, crop). resize: the short side, or both
-    as (height, width)."""
+    as (height, width); None: as much larger than the crop as 256 is than 224. Raises BackboneError
+    if it is smaller: the crop would be padded."""
+    resize = crop * 256 // 224 if resize is None else resize
+    if np.min(resize) < crop:
+        raise BackboneError(f"images are resized to {resize} and cropped to {crop}, which would "
+                            "pad them: give a smaller crop, or --transform dinov2")
     return transforms.Compose([
         transforms.Resize(resize, InterpolationMode(interpolation)),
         transforms.CenterCrop(crop),
@@ -103,6 +136,17 @@ def blocks_of(model):
     for block in model.blocks:
         blocks += block if isinstance(block, nn.ModuleList) else [block]
     return [block for block in blocks if not isinstance(block, nn.Identity)]
+
+
+def check_mode(model):
+    """Raises BackboneError for a model in training mode, or one whose dropout is."""
+    for module in model.modules():
+        kind = type(module).__name__
+        chance = getattr(module, "p", getattr(module, "drop_prob", 1))  # of dropout, of DropPath
+        if module is model or chance and re.search("Drop|Stochastic|BatchNorm", kind):
+            if module.training:
+                raise BackboneError(f"{kind} is in training mode, in which dropout makes tokens "
+                                    "random: call model.eval()")
 
 
 def _checked_blocks(model, layers):
@@ -144,6 +188,7 @@ def class_tokens(model, images, layers, precision="float32"):
     Raises BackboneError for a layer the model lacks, and for images of a size it does not take.
     """
     blocks = _checked_blocks(model, layers)
+    images = images.to(model.cls_token.dtype)
     tokens = images.new_empty(len(layers), len(images), model.cls_token.shape[-1])
     entered = []
 
@@ -160,8 +205,9 @@ def class_tokens(model, images, layers, precision="float32"):
     except (RuntimeError, AssertionError) as error:
         if entered or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
             raise  # a bug inside a block, or of the device, is no matter of the images
-        raise BackboneError(f"the backbone takes no images of {tuple(images.shape)} ({error}); "
-                            "another --transform makes others") from error
+        raise BackboneError(f"the backbone does not take images of {tuple(images.shape)}, "
+                            f"{images.dtype} ({error}); another --transform makes others"
+                            ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -255,13 +301,16 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
     """Write the class tokens of a dataset in fp16, a file for each layer that `finish` makes into
     layer_NN.npy. Goes on where it was interrupted, by any number of processes.
 
-    images  each item is a pair: the image (3, H, W), and why it could not be read, "" if it could.
+    images  each item is a pair: the image (3, H, W), and why it could not be read; "", or what is
+            not text, as an ImageFolder's labels, if it could.
             Raises ImageError for one that could not; with skip_bad `finish` leaves its row out
     rank    number of this process, of `ranks`
     ready   called once the files are there: several processes wait here for the first
 
-    Raises BackboneError for a token that is not finite in fp16.
+    Raises BackboneError for a token that is not finite in fp16, for a model in training mode, and
+    for one that gives the same image other tokens each time.
     """
+    check_mode(model)
     paths = [part_path(folder, layer) for layer in layers]
     N = len(images)
     width = model.cls_token.shape[-1]
@@ -282,7 +331,13 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
     loader = tqdm(loader, f"      {folder}", unit="batch", disable=rank > 0)
     for n, (batch, reasons) in enumerate(loader, 1):
         # all layers in one pass; a token that fp16 cannot hold stops the run
-        tokens = class_tokens(model, batch.to(device, non_blocking=True), layers, precision)
+        batch = batch.to(device, non_blocking=True)
+        tokens = class_tokens(model, batch, layers, precision)
+        if n == 1:
+            again = class_tokens(model, batch, layers, precision)
+            if (tokens - again).norm() > 0.005 * tokens.norm():
+                raise BackboneError("the backbone gives the same images other tokens each time: "
+                                    "turn off its dropout, or whatever else is random in it")
         tokens = tokens.half().cpu()
         for position, i in (~tokens.isfinite().all(2)).nonzero().tolist():
             raise BackboneError(
@@ -290,10 +345,11 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
                 "not finite in fp16; try --precision float32, or leave out this layer (--layers)")
         # what could not be read stops it too, or is said and marked
         for reason in reasons:
+            reason = reason if isinstance(reason, str) else ""
             if reason and not skip_bad:
                 raise ImageError(reason)
             if reason:
-                print(f"      left out: {' '.join(reason.split())}")
+                print(f"      left out: {' '.join(reason.split())}", file=sys.stderr)
             marks.append(UNREADABLE if reason else RECORDED)
         # to the disk, rows first: an interruption loses a chunk of batches at most
         recorded.append(tokens)
@@ -355,11 +411,15 @@ class _KeepAttention(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is scaled_dot_product_attention:
             function = self.attend
+        elif function is dropout and kwargs["training"] and kwargs["p"] > 0:
+            raise BackboneError("no relevancy map: this backbone has dropout that model.eval() "
+                                "does not turn off")
         return function(*args, **kwargs or {})
 
     def attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
         if attn_mask is not None or dropout_p or is_causal:
-            raise BackboneError("no relevancy map: the attention of this backbone has a mask")
+            raise BackboneError("no relevancy map: the attention of this backbone has a mask or "
+                                "dropout")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.maps.append((q @ k.mT * scale).softmax(-1))
         return self.maps[-1] @ v
@@ -374,20 +434,29 @@ def relevancy_maps(model, images, layer, score):
     Explainability", eqs. 5 and 6): R = I, and for every block from 0 to `layer`
     R += mean over heads of relu(dscore/dA * A) @ R, with A (B, heads, N, N) the block's attention.
     The map is the class token's row of R over the patches: at least 0, all 0 where score is flat.
-    Raises BackboneError where there is not one plain softmax attention a block.
+    Raises BackboneError unless there is one plain softmax attention per block, and one token per
+    output of the convolution in the model's patch_embed, after all others.
     """
+    check_mode(model)
     blocks = _checked_blocks(model, [layer])
     scores = []
+    grids = []
 
     def keep(block, inputs, output):  # images do not mix, so that each gets its own gradient
         scores.append(score(class_token_of(output)).sum())
 
-    handle = blocks[layer].register_forward_hook(keep)
+    handles = [blocks[layer].register_forward_hook(keep)]
+    for module in getattr(model, "patch_embed", nn.Identity()).modules():
+        if isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(
+                lambda convolution, inputs, output: grids.append(output.shape[-2:])))
+    images = images.detach().to(model.cls_token.dtype)
     try:
         with torch.enable_grad(), _KeepAttention() as attention:
-            model(images.detach().requires_grad_())  # all parameters may be frozen
+            model(images.requires_grad_())  # all parameters may be frozen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     maps = attention.maps
     if len(maps) != len(blocks):
         raise BackboneError(f"no relevancy map: there are {len(maps)} softmax attentions in "
@@ -395,10 +464,8 @@ def relevancy_maps(model, images, layer, score):
     R = torch.eye(maps[0].shape[-1], dtype=images.dtype, device=images.device)
     for A, gradient in zip(maps, torch.autograd.grad(scores[0], maps[: layer + 1])):
         R = R + (A.detach() * gradient).relu().mean(1) @ R  # (B, N, N)
-    modules = getattr(model, "patch_embed", nn.Identity()).modules()
-    stride = next((module.stride for module in modules if isinstance(module, nn.Conv2d)), None)
-    if stride is None:
-        raise BackboneError("no relevancy map: patch_embed of this backbone has no convolution")
-    h = images.shape[2] // stride[0]
-    w = images.shape[3] // stride[1]
-    return R[:, 0, -h * w :].unflatten(1, (h, w))  # patches come last, after any registers
+    patches = math.prod(grids[-1]) if grids else 0
+    if not 0 < patches < R.shape[-1]:
+        raise BackboneError(f"no relevancy map: the convolution in patch_embed of this backbone "
+                            f"makes {patches} patches, and there are {R.shape[-1]} tokens")
+    return R[:, 0, -patches:].unflatten(1, grids[-1])  # they come last, after any registers

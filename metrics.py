@@ -56,19 +56,24 @@ def every_other(labels):
     return ((torch.arange(len(labels)) - first) % 2)[order.argsort()]
 
 
-def as_labels(labels, rows):
-    """Any sequence of class numbers -> (rows,) int64; ValueError for another length."""
-    labels = labels.cpu() if isinstance(labels, Tensor) else np.asarray(labels)
-    if len(labels) != rows:
+def as_labels(labels, rows, classes):
+    """Any sequence of class numbers, from 0 to classes - 1, -> (rows,) int64; ValueError for
+    another length, and for what is not such a number."""
+    labels = torch.as_tensor(labels).cpu()
+    if labels.shape != (rows,):
         raise ValueError(f"there are {len(labels)} labels for {rows} tokens")
-    return torch.as_tensor(labels, dtype=torch.int64)
+    numbers = labels.long()
+    if not (labels == numbers).all() or not ((0 <= numbers) & (numbers < classes)).all():
+        raise ValueError(f"labels are from {labels.min()} to {labels.max()}: whole numbers from 0 "
+                         f"to {classes - 1} are needed")
+    return numbers
 
 
 @torch.inference_mode()
 def profile_latents(encode, batches, labels, classes):
     """One pass over batches of tokens (B, n) in the order of the labels (N,); memory O(m (B + C)).
     Raises ValueError where N is not the number of tokens."""
-    labels = as_labels(labels, len(labels))
+    labels = as_labels(labels, len(labels), classes)
     halves = every_other(labels)
     cells = classes * halves + labels  # a half and a class
     N = 0
@@ -79,7 +84,7 @@ def profile_latents(encode, batches, labels, classes):
             top_values = z[:0]
             top_images = top_values.long()
         if N + len(z) > len(labels):
-            as_labels(labels, N + len(z))  # raises
+            as_labels(labels, N + len(z), classes)  # raises
         # on how many images of each half and class every latent fires
         cell = cells[N : N + len(z)].to(z.device)
         counts.index_add_(0, cell, (z > 0).float())  # exact below 2**24 images
@@ -90,7 +95,7 @@ def profile_latents(encode, batches, labels, classes):
         top_values, order = values.topk(min(TOP, len(values)), dim=0)
         top_images = images.gather(0, order)
         N += len(z)
-    as_labels(labels, N)
+    as_labels(labels, N, classes)
     fires = counts.sum(0).long()
     counts = counts.unflatten(0, (2, classes)).mT.contiguous()
     images = torch.bincount(cells, minlength=2 * classes).view(2, classes).to(counts)
@@ -205,6 +210,14 @@ def responses_of(profile, k=16, response_rate=0.5):
                      responds_A * in_both_halves, responds_B, in_both_halves)
 
 
+def heights_of_pairs(tree, height):
+    """height (V,) of nodes -> (C, C), that of the LCH of every pair of classes; 0 for twice the
+    same, also if the class is an inner node."""
+    heights = height[tree.pair_lch]
+    np.fill_diagonal(heights, 0)
+    return heights
+
+
 def over_pairs(top, value):
     """((A,), (A,)) mean of value (C, C) over pairs of the top images, classes (A, k): over all, and
     over pairs of two classes, NaN where there is none."""
@@ -257,7 +270,7 @@ class Placed:
     @cached_property
     def pair_heights(self):
         """((A,), (A,)) mean height of the LCH of two top images, as `over_pairs` has it"""
-        return over_pairs(self.responses.top, self.tree.height[self.tree.pair_lch])
+        return over_pairs(self.responses.top, heights_of_pairs(self.tree, self.tree.height))
 
     @cached_property
     def choice(self):
@@ -438,7 +451,7 @@ class Reconstruction(NamedTuple):
 def reconstruct(sae, batches, labels, classes, probe):
     """(Reconstruction, sums by class, (C,) each: images, correct on x, error ‖x - x̂‖², squares
     ‖x‖², active latents, recovered: correct on x̂). probe: (B, n) -> logits (B, C)."""
-    labels = as_labels(labels, len(labels))
+    labels = as_labels(labels, len(labels), classes)
     names = "images", "correct", "error", "squares", "active", "recovered"
     sums = torch.zeros(len(names), classes, dtype=torch.float64)
     N = 0
@@ -446,7 +459,7 @@ def reconstruct(sae, batches, labels, classes, probe):
     alive = 0
     for x in batches:
         x_hat, z = sae(x)
-        here = labels[N : N + len(x)]
+        here = as_labels(labels[N : N + len(x)], len(x), classes)
         correct, recovered = (probe(each.float()).argmax(1).cpu() == here for each in (x, x_hat))
         x = x.double()
         of_images = [torch.ones(len(x)), correct, (x - x_hat).square().sum(1), x.square().sum(1),
@@ -455,6 +468,7 @@ def reconstruct(sae, batches, labels, classes, probe):
         alive = alive + (z > 0).sum(0)
         total = total + x.sum(0)
         N = N + len(x)
+    as_labels(labels, N, classes)
     _, correct, error, squares, active, recovered = sums.sum(1)
     variance = squares - (total.square().sum() / N).cpu()
     dead = (alive == 0).double().mean()
@@ -472,11 +486,12 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
     """A linear classifier of tokens, train (N, n), an array in memory or on disk, on the device of
     mean and variance (n,). Returns what `linear_logits` takes: mean, deviation, W (n, classes), b.
 
-    Multinomial logistic regression on standardised tokens; AdamW, batches of 256 consecutive rows
-    (in random order already), 10 epochs but at least so many steps, a rate of 2e-3 decaying to 0.
+    Multinomial logistic regression on standardised tokens; AdamW, batches of about 256 consecutive
+    rows (in random order already), 10 epochs but at least so many steps, a rate of 2e-3 decaying to
+    0.
     """
     device = mean.device
-    labels = as_labels(labels, len(train)).to(device)
+    labels = as_labels(labels, len(train), classes).to(device)
     deviation = variance.sqrt().float()
     deviation[deviation <= 1e-6 * deviation.max()] = torch.inf  # a constant tells nothing
     mean = mean.float()
@@ -484,13 +499,14 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
     b = torch.zeros(classes, device=device, requires_grad=True)
     probe = mean, deviation, W, b
     optimizer = torch.optim.AdamW([W, b], lr=2e-3, weight_decay=1e-2, fused=True)
-    steps = max(1, len(train) // 256)  # an epoch
+    steps = max(1, round(len(train) / 256))  # an epoch
+    starts = np.linspace(0, len(train), steps + 1).astype(int)  # of batches of nearly one size
     epochs = max(10, -(-least_steps // steps))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * steps)
     rng = np.random.default_rng(0)
     for _ in range(epochs):
-        for start in 256 * rng.permutation(steps):
-            rows = slice(start, start + 256)
+        for i in rng.permutation(steps):
+            rows = slice(starts[i], starts[i + 1])
             x = torch.from_numpy(np.array(train[rows])).to(device).float()  # of a memory map
             loss = cross_entropy(linear_logits(probe, x), labels[rows])
             optimizer.zero_grad()

@@ -15,13 +15,13 @@ torchrun --nproc-per-node 8 reproduce.py ...  shares images, layers and seeds am
 """
 import argparse
 import csv
-import inspect
 import itertools
 import os
 import re
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +42,8 @@ from kit.processes import RANKS, barrier, plain_streams, run_as_command
 from kit.rows import emergence_rows, matched_sets
 from kit.scores import open_layer, permuted_trees, score_layer
 from kit.tables import write_csv, write_tables
-from metrics import TOP, kappa, linear_probe
-from sae import (SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
+from metrics import TOP, kappa
+from sae import (HISTORY, SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
                  fast_precision, learning_rate, top_k_of, train_sae)
 from taxonomy import TaxonomyError
 
@@ -52,6 +52,13 @@ SPLITS = "train", "val"
 RECORDING = "dinov2_hooks.py", "kit/data.py"  # code that class tokens depend on
 SCORING = ("sae.py", "taxonomy.py", "metrics.py", "kit/scores.py", "kit/probes.py",
            "kit/readings.py", "kit/rows.py")
+
+
+def text(argument):
+    """Not the empty one of an unset variable; ~ is the home folder, also where no shell says so."""
+    if not argument.strip():
+        raise argparse.ArgumentTypeError("nothing is given: an unset variable?")
+    return os.path.expanduser(argument)
 
 
 def number(kind, least, most=2**62):
@@ -67,7 +74,7 @@ def parse_settings(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, allow_abbrev=False)
-    add = parser.add_argument
+    add = partial(parser.add_argument, type=text)
     count = number(int, 1)
     add("--layers", default="all", help="blocks, from 0: all, last, 0-11 or 3,7,11 (%(default)s)")
     add("--data", help="folder of images, see README ($IMAGENET_DIR, ./imagenet, else the demo)")
@@ -96,7 +103,8 @@ def parse_settings(argv=None):
     add("--response-rate", type=number(float, 1e-12, 1), default=0.5,
         help="θ: a latent responds to a class at this firing rate (%(default)s)")
     add("--images-per-class", type=count, help="use no more training images of a class")
-    add("--skip-bad-images", action="store_true", help="go on without images that do not decode")
+    parser.add_argument("--skip-bad-images", action="store_true",
+                        help="go on without images that do not decode")
     add("--push-to-hub", help="USER/NAME: publish the first seed's SAEs and results")
     add("--device", choices=["cuda", "cpu"], help="(cuda if there is one)")
     add("--workers", type=number(int, 0), help="that decode images (one per CPU, at most 16)")
@@ -284,7 +292,7 @@ def score_layers(settings, inputs, out, labels, jobs, made):
     """Stage 3: {(layer, seed): rows of all tables}, read where they are there. made: what the
     tokens are made of, and so the linear probes."""
     controls = permuted_trees(inputs.tree)
-    code = made_of.hash_of(inspect.getsource(linear_probe).encode())
+    code = made_of.code_of(HERE, "metrics.py", since="def linear_logits")
     probes = made_of.folder_for(out / "probes", {"tokens": made, "code": code})
     for n in tqdm(inputs.layers[RANK::RANKS], "      layers", unit="layer", disable=RANK > 0):
         pending = [job for job in jobs if job.layer == n and not job.scores.exists()]
@@ -334,9 +342,14 @@ def training_rows(jobs):
     for job in jobs:
         path = job.sae / "training.csv"
         if path.exists():
-            for row in csv.DictReader(path.open()):
-                where = {"layer": job.layer, "seed": job.training.seed}
-                rows.append(where | {key: float(value) for key, value in row.items()})
+            where = {"layer": job.layer, "seed": job.training.seed}
+            try:
+                history = [{key: float(row[key]) for key in HISTORY}
+                           for row in csv.DictReader(path.open(encoding="utf-8"))]
+            except (ValueError, TypeError, KeyError, csv.Error) as error:
+                raise InputError(f"{path} is damaged: delete {job.sae}, and the same command makes "
+                                 "it again") from error
+            rows += [where | row for row in history]
     return rows
 
 

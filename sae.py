@@ -12,6 +12,9 @@ Shift and scale come from the training tokens, give x̃ a mean squared norm of o
 the same in every layer and at every width), and are kept inside the SAE: raw tokens in and out.
 """
 import itertools
+import json
+import math
+import operator
 import re
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from tqdm import tqdm
 POOL = 4 * 2**30  # bytes of tokens that training has in memory
 WINDOWS = 20  # of the steps of a training, each a row of its history
 HISTORY = "step", "loss", "reconstruction", "sparsity", "l0", "dead"
+PRECISIONS = "float32", "bfloat16"
 SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folder
 
 
@@ -100,7 +104,8 @@ class ActivationBuffer:
 
 
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
-    """width n, latents m; W_enc and W_dec are (m, n): row i is latent i's direction.
+    """width n, latents m; W_enc and W_dec are (m, n): row i is latent i's direction. Tokens may have
+    more dimensions in front: (L, B, n) -> (L, B, m).
 
     top_k    at most so many latents are active, the largest; None: all, as in the paper
     about    anything worth keeping in config.json: the layer, the settings of its training
@@ -111,7 +116,9 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
         super().__init__()
         self.about = about
         self.history = []
-        self.top_k = top_k
+        self.top_k = None if top_k is None else operator.index(top_k)
+        if self.top_k is not None and not 1 <= self.top_k <= latents:
+            raise SAEError(f"top_k={top_k}: give a number from 1 to the {latents} latents")
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(latents, width)))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(latents))
@@ -127,8 +134,8 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
         """x̃ (B, n) -> z (B, m), at least 0"""
         z = torch.relu(nn.functional.linear(x, self.W_enc, self.b_enc))
         if self.top_k is not None:
-            largest = z.topk(self.top_k, dim=1)
-            z = torch.zeros_like(z).scatter(1, largest.indices, largest.values)
+            largest = z.topk(self.top_k)
+            z = torch.zeros_like(z).scatter(-1, largest.indices, largest.values)
         return z
 
     def encode(self, x):
@@ -144,6 +151,12 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
         z = self.encode(x)
         return self.decode(z), z
 
+    def save_pretrained(self, folder, **options):
+        """As the mixin's; its own config.json leaves out what JSON cannot hold, this raises."""
+        latents, width = self.W_dec.shape
+        config = {"width": width, "latents": latents, "top_k": self.top_k, "about": self.about}
+        return super().save_pretrained(folder, config=config, **options)
+
     @classmethod
     def from_pretrained(cls, name, *, subfolder="", **options):
         """An SAE ready to use, from a folder or the Hub's USER/NAME; no pickle is read.
@@ -156,12 +169,21 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
             name = snapshot_download(str(name), allow_patterns=wanted, **options)
         folder = Path(name, subfolder)
         if not all((folder / file).is_file() for file in SAE_FILES):
-            raise SAEError(f"there is no SAE in {folder}")
+            raise SAEError(f"there is no SAE in {folder}: it needs {' and '.join(SAE_FILES)}; if a "
+                           "run made it: delete this folder, and the same command makes it again")
         try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            unknown = config.keys() - {"width", "latents", "top_k", "about"}
+            if unknown:
+                raise ValueError(f"its config.json has {', '.join(sorted(unknown))}")
             with redirect_stdout(None):  # the mixin prints
                 sae = super().from_pretrained(folder, strict=True)
-            sae.encode(sae.b_dec[None])
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            z = sae.encode(sae.b_dec[None])
+            finite = all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+            if not finite or sae.scale <= 0 or z.shape != sae.b_enc[None].shape:
+                raise ValueError("its numbers are not those of an SAE: NaN, or a scale of 0")
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError,
+                SafetensorError) as error:
             raise SAEError(f"the SAE in {folder} is damaged, or of another kind ({error}); if a "
                            "run made it: delete this folder, and the same command makes it again"
                            ) from error
@@ -170,6 +192,8 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
 
 @dataclass(frozen=True)
 class Training:
+    """The settings of an SAE's training. Raises SAEError for what none can be trained with."""
+
     expansion: int = 8
     """latents per dimension of the token"""
     activation: str = "relu"
@@ -185,6 +209,20 @@ class Training:
     seed: int = 0
     precision: str = "float32"
     """of the matrix products: "float32" or "bfloat16", as `fast_precision` finds it in hardware"""
+
+    def __post_init__(self):
+        for name, least in (("expansion", 1), ("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not hasattr(value, "__index__") or value < least:
+                raise SAEError(f"{name}={value!r}: give a whole number from {least} on")
+            object.__setattr__(self, name, operator.index(value))  # NumPy's are not JSON's
+        for name, is_given in (("l1", self.l1 >= 0), ("lr", self.lr is None or self.lr > 0)):
+            value = getattr(self, name)
+            if not is_given or value == math.inf:
+                raise SAEError(f"{name}={value!r}: give a number above 0")
+        for name, values in (("inputs", ("centred", "raw")), ("precision", PRECISIONS)):
+            if getattr(self, name) not in values:
+                raise SAEError(f"{name}={getattr(self, name)!r}: give {' or '.join(values)}")
 
 
 class Loss(NamedTuple):

@@ -207,7 +207,8 @@ def _wordnet():
             nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
             wordnet.ensure_loaded()
     except Exception as error:  # not there, or damaged: a truncated zip, say
-        reason = (str(error).strip() or "it was not found").splitlines()[0]
+        lines = str(error).splitlines()  # NLTK's begin with a line of asterisks
+        reason = next((line.strip() for line in lines if line.strip(" *")), "it was not found")
         raise TaxonomyError(
             f"WordNet 3.0 is needed for wnids outside ImageNet-1k and cannot be read ({reason}): "
             "where there is internet run `python -m nltk.downloader -d nltk_data wordnet`, and set "

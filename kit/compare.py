@@ -6,12 +6,13 @@ A setting is a run: a shell loop over --l1 and --activation makes the sweep. A l
 folder and of ReLU or TopK, so give runs that differ in more a folder (--out) each. Writes into
 compare/ of the first RUN a table of the last layer (CSV, Markdown) and two figures (PNG, PDF).
 """
-import json
 import sys
 from pathlib import Path
 
 from kit.claims import MAIN, claimed
 from kit.figures import line, save
+from kit.files import InputError
+from kit.made_of import read_json
 from kit.rows import values_of
 from kit.tables import by_layer, markdown, write_csv
 
@@ -53,7 +54,7 @@ def main(*runs):
     shown = []
     columns = {column for column, _ in claimed()}
     for path in sorted(path for run in runs for path in Path(run).resolve().glob(RESULTS)):
-        tables = json.loads(path.read_text(encoding="utf-8"))
+        tables = read_json(path)
         *_, run, _, name, _ = path.parts
         if name.endswith(".part") or not columns <= tables["hierarchy"][0].keys():
             print(f"      ignored: {path.parent} is unfinished, or of other metrics")
@@ -80,4 +81,8 @@ def main(*runs):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except InputError as error:
+        print(f"error: {error}")
+        sys.exit(2)

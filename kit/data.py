@@ -1,19 +1,21 @@
 """Folders of images -> train and val splits; decoding."""
+import filecmp
 import os
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from kit.files import InputError
+from kit.files import InputError, from_torchrun
 from kit.made_of import short_hash
 
-ENDINGS = tuple(".jpeg .jpg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+ENDINGS = tuple(".jpeg .jpg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 LISTS = ("LOC_val_solution.csv", "val_annotations.txt")  # Kaggle's, Tiny ImageNet's
 VAL = ("val", "validation", "valid")
 INSIDE = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", "tiny-imagenet-200")
@@ -57,12 +59,13 @@ def find_images(data, images_per_class=None):
         val = images_by_class(val_root) or flat_images(val_root)
         others = set(val) - set(train)
         if others:
-            print(f"      left aside: {len(others)} classes of {val_root} that are not in train")
+            print(f"      ignored: {len(others)} classes of {val_root} that are not in train")
         lacking = sorted(set(train) - set(val))
         if lacking:
             raise InputError(f"--data {data}: class {lacking[0]} is in {train_root} but not in "
                              f"{val_root}; both need the same classes")
         val = {wnid: val[wnid] for wnid in train}
+        refuse_links(train_root, train, val_root, val)
     else:
         print(f"      no val/ beside {train_root}: a fixed 10% of each class is held out")
         for wnid, names in train.items():
@@ -96,30 +99,51 @@ def is_image(name):
 
 
 def images_by_class(folder):
-    """wnid -> its images, relative to `folder`; both sorted. Hidden and system folders are left
-    aside, and so is what is no class folder."""
+    """wnid -> its images, relative to `folder`; both sorted. What is ignored is said: hidden and
+    system folders, linked ones in a class folder, whatever is not a class folder or an image."""
     def fail(error):  # os.walk would pass over a folder that cannot be read
         raise error
 
     classes = {}
-    aside = []
-    for wnid in sorted(next(os.walk(folder, onerror=fail))[1]):
-        if not re.fullmatch(r"n\d{8}", wnid):
-            aside.append(wnid)
-            continue
+    _, folders, files = next(os.walk(folder, onerror=fail))
+    wnids = [name for name in folders if re.fullmatch(r"n\d{8}", name)]
+    ignored_folders = sorted(set(folders) - set(wnids))
+    ignored_files = [name for name in files if is_image(name)]
+    for wnid in sorted(wnids):
         images = []
         for where, folders, names in os.walk(os.path.join(folder, wnid), onerror=fail):
-            hidden = [name for name in folders if name[0] == "." or name in SYSTEMS]
-            aside += hidden
-            folders[:] = set(folders) - set(hidden)
+            for name in folders.copy():
+                if name[0] == "." or name in SYSTEMS or os.path.islink(os.path.join(where, name)):
+                    folders.remove(name)  # a link may lead back to here
+                    ignored_folders.append(name)
             inside = os.path.relpath(where, folder)
             images += [os.path.join(inside, name) for name in names if is_image(name)]
+            ignored_files += [name for name in names if name[0] != "." and not is_image(name)]
         if not images:
             raise InputError(f"the class folder {os.path.join(folder, wnid)} holds no images")
         classes[wnid] = sorted(images)
-    if classes and aside:
-        print(f"      left aside in {folder}: {len(aside)} folders, {', '.join(aside[:3])} ...")
+    for what, ignored in (("folders that are hidden, links or without a wnid", ignored_folders),
+                          ("files that are not images or in no class folder", ignored_files)):
+        if classes and ignored:
+            print(f"      ignored in {folder}: {len(ignored)} {what}: {', '.join(ignored[:3])} ...")
     return classes
+
+
+def refuse_links(train_root, train, val_root, val):
+    """Raises InputError where val is a link to train, and so would be scored on its own training
+    images; of copies it is said. The first image of each class tells."""
+    copies = []
+    for wnid, names in val.items():
+        if names[0] in train[wnid]:
+            in_train, in_val = train_root / names[0], val_root / names[0]
+            if in_train.samefile(in_val):
+                raise InputError(f"{in_val} is the training image {in_train}: val needs images of "
+                                 "its own; without val, a tenth of train is held out")
+            if filecmp.cmp(in_train, in_val, shallow=False):
+                copies.append(in_val)
+    if copies:
+        print(f"      beware: {copies[0]} is a copy of a training image, as in {len(copies)} "
+              "classes: scores are to be on images that the SAEs have not seen")
 
 
 def flat_images(val):
@@ -149,17 +173,24 @@ def fingerprint(*splits):
     """A hash over the names, sizes, labels and order of all images."""
     about = []
     for split in splits:
-        sizes = [os.path.getsize(split.root / name) for name in split.names]
+        try:
+            sizes = [os.path.getsize(split.root / name) for name in split.names]
+        except OSError as error:  # a link to nowhere
+            raise InputError(f"{error.filename}: {error.strerror}; put the image back, or delete "
+                             "the link to it") from error
         about.append((split.names, sizes, split.labels.tolist()))
     return short_hash(about)
 
 
 def read_image(path):
-    """Any image that Pillow reads (grey, 16-bit, CMYK, palette, alpha; of several, the first)."""
+    """Any image that Pillow reads (grey, 16-bit, CMYK, palette, alpha; of several, the first),
+    upright: as its EXIF orientation says."""
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")  # of a corrupt EXIF, say, without the file's name
         if max(image.size) > 100 * min(image.size):
             raise ValueError("%d x %d pixels, which resizing would make too large" % image.size)
+        with suppress(Exception):  # of a corrupt EXIF
+            image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # of 16 bits or more, in any order of bytes
             pixels = np.asarray(image).astype(float)
             sixteen = image.mode.startswith("I;16") or pixels.max() > 255
@@ -185,7 +216,7 @@ class Decoded(torch.utils.data.Dataset):
             if isinstance(error, MemoryError):
                 raise
             side = self.transform.transforms[1].size[0]
-            return torch.zeros(3, side, side), f"{path} is no readable image ({error})"
+            return torch.zeros(3, side, side), f"{path} is not a readable image ({error})"
 
 
 def workers_for(pixels):
@@ -193,7 +224,7 @@ def workers_for(pixels):
     memory with two batches of float32 images each."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = from_torchrun("LOCAL_WORLD_SIZE", 1)
     shared = Path("/dev/shm")  # 64 MB in a container by default
     room = shutil.disk_usage(shared).free if shared.is_dir() else 2**40
     fitting = room // processes // (3 * 64 * 3 * 4 * pixels)

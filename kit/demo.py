@@ -4,6 +4,7 @@ Every WordNet node above a class gives it one visual trait, the colour of one ri
 hierarchy is planted, so it must be found: the positive control of the whole kit.
 """
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from kit.files import RANK, write_aside
+from kit.files import RANK, InputError, write_aside
 from kit.made_of import code_of
 from taxonomy import Taxonomy
 
@@ -137,7 +138,7 @@ def train_vit(traits, normalise):
 
 def open_demo(out, normalise):
     """The ViT, and the folder of its images, {train,val}/<wnid>/000.png ...; made unless they are
-    there."""
+    there. Raises InputError where they are damaged."""
     folder = out / f"demo-{code_of(Path(__file__).parent, 'demo.py')[:8]}"
     traits = class_traits(Taxonomy.from_wnids(CLASSES))
     if RANK == 0 and not folder.is_dir():
@@ -151,5 +152,9 @@ def open_demo(out, normalise):
                         to_pil_image(image).save(class_folder / f"{i:03d}.png")
             torch.save(train_vit(traits, normalise).state_dict(), part / "vit.pt")
     vit = SmallViT().eval().requires_grad_(False)
-    vit.load_state_dict(torch.load(folder / "vit.pt"))
+    try:
+        vit.load_state_dict(torch.load(folder / "vit.pt"))
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise InputError(f"{folder / 'vit.pt'} is damaged: delete {folder}, and the same command "
+                         "makes it again") from error
     return vit, folder / "images"

@@ -1,6 +1,7 @@
 """The figures of a run, each drawn from its tables to a PNG and, for talks, a PDF."""
+import os
+
 import numpy as np
-from matplotlib.figure import Figure
 
 from kit.claims import MAIN, claimed
 from kit.probes import UNITS
@@ -105,20 +106,32 @@ def draw_training(figure, tables, layers):
 
 
 def save(action, path, *shown, size=(10, 5.5)):
-    """action(figure, *shown) to path.pdf and path.png. Returns the path of the PNG."""
-    figure = Figure(size, layout="constrained")
-    action(figure, *shown)
-    for ending in (".pdf", ".png"):
-        file = path.with_suffix(ending)
-        figure.savefig(file, dpi=160)
+    """action(figure, *shown) to path.pdf and path.png, whatever the user's settings of matplotlib.
+    Returns the path of the PNG."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context("default"):
+        figure = Figure(size, layout="constrained")
+        action(figure, *shown)
+        for ending in (".pdf", ".png"):
+            file = path.with_suffix(ending)
+            figure.savefig(file, dpi=160)
     return file
 
 
 def draw(folder, tables, layers):
-    """Returns the figures that are in the folder: {name: path of the PNG}."""
+    """{name: path of the PNG} in the folder. One that fails is said: the tables are worth more."""
     folder.mkdir()
     paths = {}
-    for action in (draw_hierarchy, draw_metrics, draw_probes, draw_layers, draw_training):
+    for action in FIGURES:
         name = action.__name__.removeprefix("draw_")
-        paths[name] = save(action, folder / name, tables, layers)
+        try:
+            paths[name] = save(action, folder / name, tables, layers)
+        except Exception as error:
+            print(f"      no figure of {name}: {type(error).__name__}: {error}")
     return paths
+
+
+FIGURES = draw_hierarchy, draw_metrics, draw_probes, draw_layers, draw_training

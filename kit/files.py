@@ -10,11 +10,18 @@ try:
 except ImportError:  # Windows: there, two runs in one output folder are not told apart
     fcntl = None
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun's
-
 
 class InputError(ValueError):
     """What the run cannot go on with: one sentence that names the thing and the way out."""
+
+
+def from_torchrun(name, default):
+    """A number of torchrun's environment; the default for what is not one (`start_ranks`)."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+RANK = from_torchrun("RANK", 0)
 
 
 def to_json(content):
@@ -39,7 +46,10 @@ def write_aside(path):
 @contextmanager
 def lock(out):
     """One run at a time in an output folder. The lock ends with the process, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--out {out}: {error.filename} is a file; give a folder") from error
     with open(out / "lock", "w") as file:
         try:
             if RANK == 0 and fcntl is not None:

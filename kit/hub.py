@@ -35,7 +35,8 @@ def publish(repo, saes, results, inputs, backbone):
     (saes / "README.md").write_text(card, encoding="utf-8")
     api = HfApi()
     api.create_repo(repo, exist_ok=True)
-    wanted = ["README.md", *(f"layer_*/{file}" for file in SAE_FILES)]
+    names = map(layer_name, inputs.layers)  # a process that was killed may have left others
+    wanted = ["README.md", *(f"{name}/{file}" for name in names for file in SAE_FILES)]
     api.upload_folder(repo_id=repo, folder_path=saes, allow_patterns=wanted)
     wanted = ["*.csv", "figures/*.png"]  # no photographs
     api.upload_folder(repo_id=repo, folder_path=results, path_in_repo="results",
@@ -48,13 +49,18 @@ def find_saes(settings, inputs):
     source = settings.saes
     folder = Path(source).expanduser()
     width = inputs.model.cls_token.shape[-1]
-    names = list(map(layer_name, inputs.layers))
     if not folder.is_dir():
+        names = map(layer_name, inputs.layers)
         wanted = [f"{name}/{file}" for name in names for file in SAE_FILES]
         folder = Path(snapshot_download(source, allow_patterns=wanted))
-    for name in names:
+    for layer in inputs.layers:
+        name = layer_name(layer)
         sae = SparseAutoencoder.from_pretrained(folder, subfolder=name)
-        trained_on = (sae.about or {}).get("backbone", "an unknown backbone")
+        about = sae.about if isinstance(sae.about, dict) else {}
+        trained_on = about.get("backbone", "an unknown backbone")
+        if about.get("layer", layer) != layer:
+            raise InputError(f"--saes {source}: {name} was trained on layer {about['layer']}, as "
+                             "its config.json says; rename the folder, or change that file")
         if len(sae.b_dec) != width:
             raise InputError(f"--saes {source}: {name} is for tokens of width {len(sae.b_dec)}, "
                              f"not {width}")

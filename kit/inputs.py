@@ -46,6 +46,8 @@ def find_inputs(settings, out):
     if settings.data == "demo":
         print(demo.NOTE)
         transform = eval_transform(demo.SIZE, demo.SIZE)
+        untrained = demo.SmallViT()  # what is wrong is said before the ViT is trained
+        layers = check_model(settings, untrained, len(demo.CLASSES) * demo.IMAGES["train"])
         model, folder = demo.open_demo(out, transform.transforms[-1])
     train, val, classes = find_images(folder, settings.images_per_class)
     tree = Taxonomy.from_wnids(classes)
@@ -60,9 +62,17 @@ def find_inputs(settings, out):
     if settings.data != "demo":
         model = load_backbone(settings.backbone, settings.hub)
         transform = transform_of(model) if settings.transform == "model" else eval_transform()
-    layers = parse_layers(settings.layers, len(blocks_of(model)))
-    top_k_of(settings.activation, settings.expansion * model.cls_token.shape[-1])  # or raises
+    layers = check_model(settings, model, counts[0])
     return Inputs(model, transform, train, val, tree, layers, note)
+
+
+def check_model(settings, model, images):
+    """The layers that are asked for; raises for settings that do not fit them or the images."""
+    top_k_of(settings.activation, settings.expansion * model.cls_token.shape[-1])  # or raises
+    if (settings.batch_size or 0) > images:
+        raise InputError(f"--batch-size {settings.batch_size} is above the {images} training "
+                         "images")
+    return parse_layers(settings.layers, len(blocks_of(model)))
 
 
 def parse_layers(text, depth):

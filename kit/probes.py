@@ -37,7 +37,7 @@ class Units:
     def __init__(self, encode, train, labels, classes):
         N = min(TOKENS, train.rows)
         self.encode = encode
-        self.labels = as_labels(labels, train.rows)[:N].to(train.device)
+        self.labels = as_labels(labels, train.rows, classes)[:N].to(train.device)
         self.z = unit_values(encode, train, N)  # (m, N)
         self.sums = torch.zeros(len(self.z), classes, device=train.device)  # over a class's images
         self.mean = torch.zeros(len(self.z), 1, device=train.device)
@@ -151,7 +151,7 @@ def probe_rows(dictionary, encode, train, val, labels, tree, permuted):
     """Rows of probes.csv of one dictionary, and (1 + draws,) its mean IoU with one unit by
     `class_draws`, thresholds fixed. All neurons at once are the token: the most that is there."""
     C = len(tree.classes)
-    val_labels = as_labels(labels["val"], val.rows)
+    val_labels = as_labels(labels["val"], val.rows, C)
     images = torch.bincount(val_labels, minlength=C)
     large = tree.leaves[tree.hypernyms_to_find].sum(1) >= LARGE  # (H,)
     if not large.any():

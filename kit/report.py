@@ -10,9 +10,10 @@ import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 
-from dinov2_hooks import BackboneError, layer_name, relevancy_maps
+from dinov2_hooks import layer_name, relevancy_maps
 from kit import demo
 from kit.data import Decoded
+from kit.figures import FIGURES
 from kit.tables import MARKS, cell
 from sae import SparseAutoencoder
 
@@ -86,8 +87,8 @@ class Latents:
                 heat = interpolate(self.maps(images, row)[:, None], (SIDE, SIDE), mode="bilinear")
                 heat = heat / heat.amax((2, 3), keepdim=True).clamp(min=1e-30)
                 shown = torch.cat([shown, shown * (0.15 + 0.85 * heat**0.7)], dim=2)
-            except BackboneError as error:
-                self.why_no_maps = str(error)
+            except Exception as error:  # the backbone's own code: results are worth more
+                self.why_no_maps = f"No maps: {type(error).__name__}: {error}"
         html = ""
         for label, image in zip(labels, shown):
             kind, mark = ("", "") if under[label] else (" outside", "✗ ")
@@ -149,8 +150,10 @@ def write_page(folder, title, inputs, record, sae_folder, ids, shown, sentences,
         "no_training": "" if record["training"] else " hidden"}
     for name, table in shown.items():
         parts[name] = html_table(table)
-    for name, path in pictures.items():
-        parts[f"{name}_figure"] = data_uri("png", path.read_bytes())
+    for action in FIGURES:
+        name = action.__name__.removeprefix("draw_")
+        drawn = name in pictures
+        parts[f"{name}_figure"] = data_uri("png", pictures[name].read_bytes()) if drawn else ""
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     (folder / "report.html").write_text(page.substitute(parts), "utf-8", "backslashreplace")
 

@@ -50,7 +50,8 @@ def score_layer(where, sae, layer, labels, tree, controls, k, response_rate):
     made = {"iou_draws": {}}
     mean = statistics.mean.float()
     sample = train.rows_at(slice(SAMPLE))  # rows are in random order
-    seed = (sae.about or {}).get("seed", where["seed"])
+    about = sae.about if isinstance(sae.about, dict) else {}
+    seed = about.get("seed", where["seed"])
     for name, encode, probed in dictionaries_of(sae, sample, mean, seed):
         # what each latent responds to, in WordNet's tree and in permuted ones
         profile = profile_latents(encode, val.batches(VAL_BATCH), labels["val"], C)

@@ -14,6 +14,8 @@ MARKS = {"holds": "✓", "open": "○", "contradicted": "✗"}  # else –
 POOR = 0.9  # of the variance unexplained, hardly better than the mean; of the first loss
 FEW = 0.1  # of the latents in a mean
 FALL = 0.025  # of the loss, between the third and the fourth fifth of the steps
+ROUNDING = 0.1  # of the variance of a layer's tokens
+FP16 = 2.1e-4  # what rounding to fp16 adds to a number, as a share of it (root mean square)
 
 
 def cell(value):
@@ -68,12 +70,16 @@ def doubts(tables, layers):
     for layer in layers:
         fvu = values_of(tables["layers"], "fvu", layer=layer)
         count, latents = in_the_mean(tables, layer)
+        gamma = values_of(tables["layers"], "gamma", layer=layer).max()
         # windows of training before the learning rate decays: from the third fifth to the fourth
         loss = values_of(tables["training"], "loss", layer=layer).reshape(len(fvu), -1).mean(0)
         third, fourth = (mean_of(loss[i * len(loss) // 5 :][: len(loss) // 5]) for i in (2, 3))
         for value, limit, text in (
                 (fvu.max(), POOR, "the SAE reconstructs hardly better than the mean: lower --l1, "
                                   "or train longer. FVU:"),
+                ((FP16 * gamma) ** 2, ROUNDING, "class tokens hardly differ from their mean, and fp16 "
+                                                "rounds: leave out these layers. Share of their "
+                                                "variance that is rounding:"),
                 (1 - count / latents, 1 - FEW, "nearly all latents are in no mean, as they fire on "
                                                "few images or on one class: lower --l1. Left "
                                                "out:"),

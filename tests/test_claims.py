@@ -69,11 +69,12 @@ def test_where_an_sae_is_the_right_tool_training_brings_it(few_trees):
     assert rows["planted directions recovered"]["value"] > 0.8
 
 
-def tables(loss, fvu=0.3, alive=60):
+def tables(loss, fvu=0.3, alive=60, gamma=30):
     """Of two layers, of which the last is as it is told; 100 latents, 20 of them single_class."""
     made = {"layers": [], "hierarchy": [], "training": []}
-    for layer, values in ((0, (0.3, 60, FLAT)), (1, (fvu, alive, loss))):
-        made["layers"].append({"layer": layer, "seed": 0, "latents": 100, "fvu": values[0]})
+    for layer, values in ((0, (0.3, 60, FLAT, 30)), (1, (fvu, alive, loss, gamma))):
+        row = {"layer": layer, "seed": 0, "latents": 100, "fvu": values[0], "gamma": values[3]}
+        made["layers"].append(row)
         row = {"layer": layer, "dictionary": "sae", "tree": "wordnet"}
         made["hierarchy"].append(row | {"alive": values[1], "single_class": 20})
         made["training"] += [{"layer": layer, "loss": value} for value in values[2]]
@@ -88,6 +89,7 @@ def test_an_sae_that_is_not_good_is_said_to_be_so():
     assert doubts(tables(loss=FLAT), [0, 1]) == []
     for more, words in (
         (dict(fvu=0.95), "reconstructs hardly better than the mean.*FVU: layer 1 .95%"),
+        (dict(gamma=2000), "hardly differ from their mean.*is rounding: layer 1 .18%"),
         (dict(alive=29), "nearly all latents are in no mean.*Left out: layer 1 .91%"),
         (dict(loss=np.full(20, 0.7)), "the loss hardly fell at all.*Left of it: layer 1 .100%"),
         (dict(loss=falling), "the loss still fell before the learning rate did.*By: layer 1 .5%"),

@@ -62,7 +62,7 @@ def test_copies_in_hidden_and_system_folders_are_left_aside_and_said(data, capsy
     shutil.copytree(data / "val" / WNIDS[0], data / "train/Annotations")
     check_layout(data)
     said = capsys.readouterr().out
-    assert "left aside in" in said and "17 folders, Annotations" in said
+    assert "ignored in" in said and "17 folders that are hidden, links or without a wnid: Annotations" in said
 
 
 def test_other_names_of_val_and_classes_of_val_alone(data, capsys):
@@ -71,7 +71,7 @@ def test_other_names_of_val_and_classes_of_val_alone(data, capsys):
         check_layout(data)
     shutil.copytree(data / "valid" / WNIDS[0], data / "valid/n01440764")
     check_layout(data)
-    assert "left aside: 1 classes of" in capsys.readouterr().out
+    assert "ignored: 1 classes of" in capsys.readouterr().out
 
 
 def test_links(data, tmp_path):
@@ -321,13 +321,13 @@ def encoded(image, kind):
     "name, content, words",
     [
         ("bomb.png", png_claiming(60_000, 60_000), "decompression bomb"),
-        ("liar.png", png_claiming(5_000, 5_000), "is no readable image"),
-        ("no_pixels.png", png_claiming(0, 0), "is no readable image"),
+        ("liar.png", png_claiming(5_000, 5_000), "is not a readable image"),
+        ("no_pixels.png", png_claiming(0, 0), "is not a readable image"),
         ("thread.png", encoded(image_of((1, 3000)), "PNG"), "1 x 3000 pixels"),
-        ("empty.png", b"", "is no readable image"),
-        ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no readable image"),
-        ("half.png", encoded(image_of((200, 200)), "PNG")[:300], "is no readable image"),
-        ("half.tif", encoded(image_of((200, 200)), "TIFF")[:300], "is no readable image"),
+        ("empty.png", b"", "is not a readable image"),
+        ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a readable image"),
+        ("half.png", encoded(image_of((200, 200)), "PNG")[:300], "is not a readable image"),
+        ("half.tif", encoded(image_of((200, 200)), "TIFF")[:300], "is not a readable image"),
         ("one.png", encoded(image_of((1, 1)), "PNG"), ""),
         ("jpeg_inside.png", encoded(image_of(), "JPEG"), ""),
         ("quotes'\"`$(touch x);.png", encoded(image_of(), "PNG"), ""),

@@ -383,10 +383,10 @@ def test_layers_and_batch_sizes():
         (["--top-k", "21"], "--top-k 21 is above the 20 validation images"),
         (["--activation", "gelu"], "give relu, or topk-K"),
         (["--activation", "topk-129"], "the number of latents, 128"),
-        (["--backbone", "no_vit"], "is no vision transformer with a class token"),
+        (["--backbone", "no_vit"], "is not a vision transformer with a class token"),
         (["--backbone", "exits"], "no licence"),
-        (["--backbone", "fails"], "takes no images of (1, 3, 224, 224)"),
-        (["--hub", "nowhere"], "is no folder with a hubconf.py"),
+        (["--backbone", "fails"], "does not take images of (1, 3, 224, 224)"),
+        (["--hub", "nowhere"], "is not a folder with a hubconf.py"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--saes", "nowhere", "--seeds", "2"], "leave out --saes"),
         (["--device", "cuda"], "PyTorch finds no GPU here")
@@ -431,9 +431,9 @@ def test_bad_images(data, hub, capsys):
     bad = sorted((data / "train" / WNIDS[1]).iterdir())[3]
     bad.write_bytes(b"no picture")
     run = small_run(data, hub, "--layers", "1")
-    refused(capsys, run, str(bad), "is no readable image")
+    refused(capsys, run, str(bad), "is not a readable image")
     assert main([*run, "--skip-bad-images"]) == 0
-    assert f"left out: {bad} is no readable image" in capsys.readouterr().out
+    assert f"left out: {bad} is not a readable image" in capsys.readouterr().err
     assert len(np.load("out/tokens/train/layer_01.npy")) == 47
     assert main([*run, "--skip-bad-images", "--layers", "1,2"]) == 0
 

@@ -3,8 +3,10 @@
 import errno
 import multiprocessing
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,8 +143,8 @@ def test_room_on_the_disk(tmp_path, capsys):
 @pytest.mark.parametrize(
     "error, words",
     [
-        (OSError(errno.ENOSPC, "No space left", "out/x"), "No space left: 'out/x': .* make room"),
-        (PermissionError(errno.EACCES, "Permission denied", "runs"), "'runs': .* another folder"),
+        (OSError(errno.ENOSPC, "No space left", "out/x"), "No space left: 'out/x': make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "'runs': .*another folder"),
         (RuntimeError("safetensors: No space left on device"), "make room"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: lower --batch-size .* cpu"),
         (RuntimeError("CUDA error: no kernel image is available"), "no kernels for this GPU"),
@@ -164,21 +166,53 @@ def test_bugs_are_no_sentences():
         assert sentence_of(error) is None
 
 
-def test_rank_without_world_size(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(InputError, match="only one of RANK and WORLD_SIZE"):
-        processes.start_ranks("cpu")
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "N/A", "WORLD_SIZE": "1"},
+        {"RANK": "-1", "WORLD_SIZE": "1"},
+        {"RANK": "1", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "N/A"},
+    ],
+)
+def test_what_another_program_left_in_the_environment(left_over, monkeypatch):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    settings = SimpleNamespace(workers=1, device="cpu")
+    with pytest.raises(InputError, match=f"{[*left_over][0]}=.*unset RANK"):
+        processes.start_ranks(settings)
+
+
+def test_processes_that_no_port_is_free_for(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        left_over = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in left_over.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match="the 2 processes of torchrun do not find one another"):
+            processes.start_ranks(SimpleNamespace(workers=1, device="cpu"))
+
+
+def test_a_temporary_folder_of_too_long_a_name(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "x" * 80)
+    with pytest.raises(InputError, match="TMPDIR=/tmp/x.* is too long for the sockets"):
+        processes.start_ranks(SimpleNamespace(workers=1, device="cpu"))
+    processes.start_ranks(SimpleNamespace(workers=0, device="cpu"))
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(processes, "RANKS", 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="more processes than GPUs: lower --nproc-per-node"):
-        processes.start_ranks("cuda")
+        processes.start_ranks(SimpleNamespace(workers=1, device="cuda"))
 
 
 def test_a_folder_that_may_not_be_written(tmp_path):

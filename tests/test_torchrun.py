@@ -49,7 +49,7 @@ def test_one_fails_with_its_sentence_and_started_again_two_come_to_the_results_o
     bad.write_bytes(b"\0" * len(content))  # of one size: as far as is known, the same images
     (first, _), (second, said) = run_two(run)
     assert first != 0 and second == 2 and said.count("error: data/train/") == 1
-    assert "is no readable image" in said
+    assert "is not a readable image" in said
     bad.write_bytes(content)
     (first, said), (second, silence) = run_two(run)
     assert first == second == 0 and "[4/4]" in said and "[4/4]" not in silence
