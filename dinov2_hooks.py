@@ -82,8 +82,8 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, **options):
             except TypeError as error:
                 if "pretrained" in options or "'pretrained'" not in str(error):
                     raise
-                print(f"      {name} of {hub} knows no pretrained=True: whether its weights are "
-                      "trained is up to it")
+                print(f"      {name} of {hub} does not take pretrained=True: whether its weights "
+                      "are trained is up to it")
                 model = load(**options)
     except OSError as error:  # URLError and HTTPError among them
         raise BackboneError(
@@ -147,6 +147,13 @@ def check_mode(model):
             if module.training:
                 raise BackboneError(f"{kind} is in training mode, in which dropout makes tokens "
                                     "random: call model.eval()")
+
+
+def refuse_chance(tokens, again):
+    """Raises BackboneError where two passes over the same images differ by more than rounding."""
+    if (tokens - again).norm() > 0.005 * tokens.norm():
+        raise BackboneError("the backbone gives the same images other tokens each time: turn off "
+                            "its dropout, or whatever else is random in it")
 
 
 def _checked_blocks(model, layers):
@@ -313,8 +320,7 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
     check_mode(model)
     paths = [part_path(folder, layer) for layer in layers]
     N = len(images)
-    width = model.cls_token.shape[-1]
-    device = model.cls_token.device
+    width, device = model.cls_token.shape[-1], model.cls_token.device
     # the first process makes the files, in their full size and with all rows to do
     if rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -334,10 +340,7 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
         batch = batch.to(device, non_blocking=True)
         tokens = class_tokens(model, batch, layers, precision)
         if n == 1:
-            again = class_tokens(model, batch, layers, precision)
-            if (tokens - again).norm() > 0.005 * tokens.norm():
-                raise BackboneError("the backbone gives the same images other tokens each time: "
-                                    "turn off its dropout, or whatever else is random in it")
+            refuse_chance(tokens, class_tokens(model, batch, layers, precision))
         tokens = tokens.half().cpu()
         for position, i in (~tokens.isfinite().all(2)).nonzero().tolist():
             raise BackboneError(

@@ -476,15 +476,21 @@ def reconstruct(sae, batches, labels, classes, probe):
     return Reconstruction(*map(float, values)), dict(zip(names, sums))
 
 
-def linear_logits(probe, x):
-    """tokens (B, n) -> (B, classes)"""
-    mean, deviation, W, b = probe
-    return (x - mean) / deviation @ W + b
+class LinearProbe(NamedTuple):
+    """A linear classifier: tokens (B, n) -> logits (B, classes)."""
+
+    mean: Tensor  # (n,)
+    deviation: Tensor  # (n,)
+    W: Tensor  # (n, classes)
+    b: Tensor  # (classes,)
+
+    def __call__(self, x):
+        return (x - self.mean) / self.deviation @ self.W + self.b
 
 
 def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
-    """A linear classifier of tokens, train (N, n), an array in memory or on disk, on the device of
-    mean and variance (n,). Returns what `linear_logits` takes: mean, deviation, W (n, classes), b.
+    """A LinearProbe of tokens, train (N, n), an array in memory or on disk, on the device of mean
+    and variance (n,).
 
     Multinomial logistic regression on standardised tokens; AdamW, batches of about 256 consecutive
     rows (in random order already), 10 epochs but at least so many steps, a rate of 2e-3 decaying to
@@ -497,7 +503,7 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
     mean = mean.float()
     W = torch.zeros(len(mean), classes, device=device, requires_grad=True)
     b = torch.zeros(classes, device=device, requires_grad=True)
-    probe = mean, deviation, W, b
+    probe = LinearProbe(mean, deviation, W, b)
     optimizer = torch.optim.AdamW([W, b], lr=2e-3, weight_decay=1e-2, fused=True)
     steps = max(1, round(len(train) / 256))  # an epoch
     starts = np.linspace(0, len(train), steps + 1).astype(int)  # of batches of nearly one size
@@ -508,9 +514,9 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
         for i in rng.permutation(steps):
             rows = slice(starts[i], starts[i + 1])
             x = torch.from_numpy(np.array(train[rows])).to(device).float()  # of a memory map
-            loss = cross_entropy(linear_logits(probe, x), labels[rows])
+            loss = cross_entropy(probe(x), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             decay.step()
-    return [tensor.detach() for tensor in probe]
+    return LinearProbe(*(tensor.detach() for tensor in probe))

@@ -292,7 +292,7 @@ def score_layers(settings, inputs, out, labels, jobs, made):
     """Stage 3: {(layer, seed): rows of all tables}, read where they are there. made: what the
     tokens are made of, and so the linear probes."""
     controls = permuted_trees(inputs.tree)
-    code = made_of.code_of(HERE, "metrics.py", since="def linear_logits")
+    code = made_of.code_of(HERE, "metrics.py", since="class LinearProbe")
     probes = made_of.folder_for(out / "probes", {"tokens": made, "code": code})
     for n in tqdm(inputs.layers[RANK::RANKS], "      layers", unit="layer", disable=RANK > 0):
         pending = [job for job in jobs if job.layer == n and not job.scores.exists()]

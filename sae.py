@@ -104,8 +104,8 @@ class ActivationBuffer:
 
 
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
-    """width n, latents m; W_enc and W_dec are (m, n): row i is latent i's direction. Tokens may have
-    more dimensions in front: (L, B, n) -> (L, B, m).
+    """width n, latents m; W_enc and W_dec are (m, n): row i is latent i's direction. Tokens may
+    have more dimensions in front: (L, B, n) -> (L, B, m).
 
     top_k    at most so many latents are active, the largest; None: all, as in the paper
     about    anything worth keeping in config.json: the layer, the settings of its training
@@ -216,10 +216,10 @@ class Training:
             if not hasattr(value, "__index__") or value < least:
                 raise SAEError(f"{name}={value!r}: give a whole number from {least} on")
             object.__setattr__(self, name, operator.index(value))  # NumPy's are not JSON's
-        for name, is_given in (("l1", self.l1 >= 0), ("lr", self.lr is None or self.lr > 0)):
+        for name, in_range in (("l1", self.l1 >= 0), ("lr", self.lr is None or self.lr > 0)):
             value = getattr(self, name)
-            if not is_given or value == math.inf:
-                raise SAEError(f"{name}={value!r}: give a number above 0")
+            if not in_range or value == math.inf:
+                raise SAEError(f"{name}={value!r}: give a positive number")
         for name, values in (("inputs", ("centred", "raw")), ("precision", PRECISIONS)):
             if getattr(self, name) not in values:
                 raise SAEError(f"{name}={getattr(self, name)!r}: give {' or '.join(values)}")

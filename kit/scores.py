@@ -1,6 +1,5 @@
 """The latents of a layer -> its rows of all tables, beside baselines and permuted trees."""
 from contextlib import suppress
-from functools import partial
 from pickle import UnpicklingError
 
 import numpy as np
@@ -10,7 +9,7 @@ from kit.files import write_aside
 from kit.probes import probe_rows
 from kit.readings import reading_rows
 from kit.rows import hierarchy_rows, hypernym_rows, latent_rows
-from metrics import (SAMPLE, Placed, dictionaries_of, linear_logits, linear_probe, profile_latents,
+from metrics import (SAMPLE, LinearProbe, Placed, dictionaries_of, linear_probe, profile_latents,
                      reconstruct, relate, responses_of)
 from sae import ActivationBuffer
 
@@ -25,14 +24,14 @@ def open_layer(train_path, val_path, labels, classes, device, cached=None):
     statistics = train.statistics()
     probe = None
     with suppress(OSError, EOFError, RuntimeError, UnpicklingError):  # not there, or damaged
-        probe = cached and torch.load(cached, map_location=device)
+        probe = cached and LinearProbe(*torch.load(cached, map_location=device))
     if probe is None:
         probe = linear_probe(train.tokens, labels["train"], classes, statistics.mean,
                              statistics.variance)
         if cached:
             with write_aside(cached) as part:
-                torch.save(probe, part)
-    return train, ActivationBuffer(val_path, device), statistics, partial(linear_logits, probe)
+                torch.save(list(probe), part)
+    return train, ActivationBuffer(val_path, device), statistics, probe
 
 
 def permuted_trees(tree):

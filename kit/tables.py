@@ -77,9 +77,9 @@ def doubts(tables, layers):
         for value, limit, text in (
                 (fvu.max(), POOR, "the SAE reconstructs hardly better than the mean: lower --l1, "
                                   "or train longer. FVU:"),
-                ((FP16 * gamma) ** 2, ROUNDING, "class tokens hardly differ from their mean, and fp16 "
-                                                "rounds: leave out these layers. Share of their "
-                                                "variance that is rounding:"),
+                ((FP16 * gamma) ** 2, ROUNDING, "class tokens hardly differ from their mean, and "
+                                                "fp16 rounds: leave out these layers. Share of "
+                                                "their variance that is rounding:"),
                 (1 - count / latents, 1 - FEW, "nearly all latents are in no mean, as they fire on "
                                                "few images or on one class: lower --l1. Left "
                                                "out:"),

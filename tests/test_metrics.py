@@ -15,7 +15,6 @@ from metrics import (
     Profile,
     dictionaries_of,
     kappa,
-    linear_logits,
     linear_probe,
     profile_latents,
     reconstruct,
@@ -485,8 +484,7 @@ def test_probe_on_separable_and_on_random_labels(tmp_path):
         probe = linear_probe(
             train, labels_of_train, 10, about.mean, about.variance, least_steps=600
         )
-        val = torch.from_numpy(tokens[2000:]).float()
-        logits = linear_logits(probe, val)
+        logits = probe(torch.from_numpy(tokens[2000:]).float())
         return float((logits.argmax(1) == torch.from_numpy(labels[2000:])).float().mean())
 
     from_disk = accuracy(np.load(tmp_path / "tokens.npy", mmap_mode="r"), labels[:2000])
