@@ -339,17 +339,21 @@ def tables_of(scores):
 def training_rows(jobs):
     """Rows of training.csv; none of SAEs that were trained elsewhere."""
     rows = []
-    for job in jobs:
-        path = job.sae / "training.csv"
-        if path.exists():
-            where = {"layer": job.layer, "seed": job.training.seed}
-            try:
-                history = [{key: float(row[key]) for key in HISTORY}
-                           for row in csv.DictReader(path.open(encoding="utf-8"))]
-            except (ValueError, TypeError, KeyError, csv.Error) as error:
-                raise InputError(f"{path} is damaged: delete {job.sae}, and the same command makes "
-                                 "it again") from error
-            rows += [where | row for row in history]
+    paths = {job: job.sae / "training.csv" for job in jobs}
+    if not all(path.exists() for path in paths.values()):
+        return rows
+    for job, path in paths.items():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        where = {"layer": job.layer, "seed": job.training.seed}
+        try:
+            for row in csv.DictReader(text.splitlines()):
+                rows.append(where | {key: float(row[key]) for key in HISTORY})
+            intact = text.endswith("\n")
+        except (ValueError, TypeError, KeyError, csv.Error):
+            intact = False
+        if not intact:
+            raise InputError(f"{path} is damaged: delete {job.sae}, and the same command makes "
+                             "it again")
     return rows
 
 

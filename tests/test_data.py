@@ -74,6 +74,27 @@ def test_other_names_of_val_and_classes_of_val_alone(data, capsys):
     assert "ignored: 1 classes of" in capsys.readouterr().out
 
 
+def test_what_is_ignored_is_said(data, capsys):
+    (data / "train" / WNIDS[0] / "00.png").rename(data / "train" / WNIDS[0] / "00.heic")
+    (data / "val" / WNIDS[1] / "00.png").rename(data / "val" / "00.png")
+    os.symlink(data / "val" / WNIDS[2], data / "train" / WNIDS[2] / "more")
+    image_of().save(data / "val" / WNIDS[3] / "a.jfif", "JPEG")
+    train, val, _ = find_images(str(data))
+    assert len(train.names) == 47 and f"{WNIDS[3]}/a.jfif" in val.names
+    said = capsys.readouterr().out
+    for word in ("00.heic", "00.png", "more"):
+        assert word in said
+
+
+@pytest.mark.parametrize("level", ["", WNIDS[0], f"{WNIDS[0]}/00.png"])
+def test_val_that_is_train_is_refused(data, level):
+    path = data / "val" / level
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(data / "train" / level)
+    with pytest.raises(InputError, match="00.png is the training image .*val needs images of its"):
+        find_images(str(data))
+
+
 def test_links(data, tmp_path):
     shutil.move(data / "train", tmp_path / "elsewhere")
     (data / "train").mkdir()
@@ -289,6 +310,14 @@ def test_images_of_any_mode(tmp_path):
     for name in ("sixteen.png", "thirty_two.tif", "big.tif"):
         read = np.asarray(read_image(tmp_path / name)).astype(int)[..., 0]
         assert np.abs(read - np.asarray(rgb.convert("L"))).max() <= 1, name
+
+
+def test_a_phones_photograph_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6  # turned by a quarter
+    image_of((40, 20)).save(tmp_path / "phone.png", exif=exif)
+    turned = np.rot90(np.asarray(image_of((40, 20))), -1)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "phone.png")), turned)
 
 
 def test_the_first_of_several_frames(tmp_path):

@@ -57,6 +57,45 @@ def test_hooks_are_removed_when_the_forward_pass_fails(vit):
     assert not any(block._forward_hooks for block in vit.blocks)
 
 
+def test_a_model_that_leaves_something_to_chance_is_refused(vit, tmp_path):
+    images = Images(torch.rand(4, 3, 16, 16))
+
+    def refuse(words, map_words=None):
+        with pytest.raises(BackboneError, match=words):
+            record(vit, images, tmp_path, [1])
+        with pytest.raises(BackboneError, match=map_words or words):
+            relevancy_maps(vit, torch.rand(2, 3, 16, 16), 1, lambda x: x[:, 0])
+
+    vit.train()
+    refuse("SmallViT is in training mode.*call model.eval()")
+    vit.eval().blocks[1] = nn.Sequential(vit.blocks[1], nn.Dropout(0.1))
+    refuse("Dropout is in training mode")
+    vit.blocks[1] = nn.Sequential(vit.blocks[1][0], nn.Dropout(0.1)).eval()
+    record(vit, images, tmp_path, [1])
+    vit.blocks[1][1].forward = lambda x: nn.functional.dropout(x, 0.05)
+    (tmp_path / "layer_01.part").unlink()
+    refuse("other tokens each time", "dropout that model.eval.* does not turn off")
+
+
+def test_weights_of_other_precisions_take_images_as_they_come(vit):
+    images = torch.rand(2, 3, 16, 16)
+    expected = class_tokens(vit, images, [2])
+    for dtype in (torch.float64, torch.bfloat16):
+        tokens = class_tokens(vit.to(dtype), images, [2])
+        assert tokens.dtype == dtype
+        torch.testing.assert_close(tokens.float(), expected, atol=0.05, rtol=0.05)
+        assert relevancy_maps(vit, images, 1, lambda x: x[:, 0]).shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("stride, padding, side", [(2, 0, 7), (4, 2, 5)])
+def test_a_map_has_a_number_for_each_patch(vit, stride, padding, side):
+    """Of overlapping and of padded patches, too."""
+    vit.patch_embed.stride, vit.patch_embed.padding = (stride, stride), (padding, padding)
+    vit.pos_embed = nn.Parameter(torch.randn(1, 1 + side**2, 24))
+    maps = relevancy_maps(vit, torch.rand(2, 3, 16, 16), 1, lambda x: x[:, 0])
+    assert maps.shape == (2, side, side)
+
+
 def test_layer_out_of_range(vit):
     with pytest.raises(BackboneError, match="no layer 3: the backbone has 0 to 2"):
         class_tokens(vit, torch.randn(1, 3, 16, 16), [0, 3])
@@ -146,6 +185,15 @@ def test_recording_goes_on_where_it_was_interrupted(vit, tmp_path, monkeypatch):
             recorded = np.load(folder / f"layer_{layer:02d}.npy", mmap_mode="r")
             assert recorded.dtype == np.float16 and recorded.shape == (11, 24)
             np.testing.assert_allclose(recorded, tokens, atol=2e-3)
+
+
+def test_a_dataset_with_labels(vit, tmp_path):
+    """As torchvision's ImageFolder has them."""
+    images = torch.rand(3, 3, 16, 16)
+    record(vit, Images((image, 7) for image in images), tmp_path, [1])
+    finish(tmp_path, [1])
+    expected = class_tokens(vit, images, [1])[0].detach().half()
+    assert np.array_equal(np.load(tmp_path / "layer_01.npy"), expected)
 
 
 def test_images_that_cannot_be_read(vit, tmp_path, capsys):
@@ -318,6 +366,32 @@ def test_transform_is_dinov2s_where_the_model_says_nothing(vit):
     assert str(transform_of(vit)) == str(eval_transform(mean=(0.1, 0.2, 0.3)))
     vit.pretrained_cfg = {"input_size": (3, 48, 48), "crop_pct": 1.0, "crop_mode": "squash"}
     assert transform_of(vit).transforms[0].size == (48, 48)
+
+
+def test_a_crop_is_never_padded():
+    assert eval_transform(crop=518).transforms[0].size == 592
+    with pytest.raises(BackboneError, match="resized to 256 and cropped to 518"):
+        eval_transform(256, 518)
+
+
+def test_weights_are_asked_for_and_the_process_stays_as_it_was(tmp_path, capsys):
+    (tmp_path / "hubconf.py").write_text(
+        f"import os, sys, torch\nsys.path.insert(0, {str(dinov2_hooks.__file__[:-16])!r})\n"
+        "from kit.demo import SmallViT\n"
+        "def vit(pretrained=False):\n"
+        "    os.chdir('/')\n    torch.set_grad_enabled(False)\n"
+        "    torch.set_default_dtype(torch.float64)\n    torch.set_default_device('meta')\n"
+        "    return SmallViT(classes=2 + pretrained).to(torch.bfloat16)\n"
+        "def other():\n    return SmallViT()\n"
+    )
+    before = os.getcwd()
+    model = load_backbone("vit", str(tmp_path))
+    assert len(model.head.bias) == 3 and model.head.bias.dtype == torch.float32
+    assert os.getcwd() == before and torch.is_grad_enabled()
+    assert torch.zeros(1).dtype == torch.float32 and torch.zeros(1).device.type == "cpu"
+    assert len(load_backbone("vit", str(tmp_path), pretrained=False).head.bias) == 2
+    load_backbone("other", str(tmp_path))
+    assert "other of" in capsys.readouterr().out
 
 
 def test_load_backbone_from_a_local_folder(hub):

@@ -107,6 +107,10 @@ def test_saes_from_a_folder(data, hub, work, capsys):
     shutil.copytree(saes, "broken")
     Path("broken/layer_01/model.safetensors").write_bytes(b"\x80\x04pickle")
     refused(capsys, [*run, "broken"], "layer_01 is damaged, or of another kind")
+    Path("swapped").mkdir()
+    for a, b in (("layer_00", "layer_01"), ("layer_01", "layer_00")):
+        shutil.copytree(saes / a, Path("swapped") / b)
+    refused(capsys, [*run, "swapped"], "layer_00 was trained on layer 1")
     SparseAutoencoder(17, 8).save_pretrained("wide/layer_00")
     refused(capsys, [*run, "wide"], "layer_00 is for tokens of width 17, not 16")
     assert not Path("never/scores").exists()

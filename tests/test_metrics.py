@@ -105,6 +105,17 @@ def test_profile_against_brute_force():
         profile_latents(lambda x: x, torch.from_numpy(z).split(50), labels[1:], classes)
 
 
+@pytest.mark.parametrize("wrong", [[1, 2, 3], [-1, 0, 1], [0, 1, 1.5], [[0], [1], [2]]])
+def test_labels_that_are_none(wrong):
+    x = torch.rand(3, 4)
+    with pytest.raises(ValueError, match="labels"):
+        profile_latents(lambda x: x, [x], wrong, 3)
+    with pytest.raises(ValueError, match="labels"):
+        reconstruct(Affine(lambda x: x, lambda z: z), [x], wrong, 3, lambda x: x)
+    with pytest.raises(ValueError, match="there are 4 labels for 3 tokens"):
+        reconstruct(Affine(lambda x: x, lambda z: z), [x], [0, 1, 2, 0], 3, lambda x: x)
+
+
 def test_sparse_units_fire_as_often_as_each_is_asked():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2000, 6, generator=generator) * 3 + 10
@@ -487,6 +498,13 @@ def test_probe_on_separable_and_on_random_labels(tmp_path):
         logits = probe(torch.from_numpy(tokens[2000:]).float())
         return float((logits.argmax(1) == torch.from_numpy(labels[2000:])).float().mean())
 
+    other = labels[:511].copy()  # in two batches: every row counts
+    other[510] = (other[510] + 1) % 10
+    probes = [
+        linear_probe(tokens[:511], y, 10, about.mean, about.variance, least_steps=9)
+        for y in (labels[:511], other)
+    ]
+    assert not torch.equal(probes[0].W, probes[1].W)
     from_disk = accuracy(np.load(tmp_path / "tokens.npy", mmap_mode="r"), labels[:2000])
     assert from_disk > 0.99 and from_disk == accuracy(tokens[:2000], labels[:2000].tolist())
     assert (

@@ -261,6 +261,7 @@ def test_damaged_files_are_named(data, hub, capsys):
         "scores/*/layer_01.json",
         "saes/*/layer_01/model.safetensors",
         "saes/*/layer_01/config.json",
+        "saes/*/layer_01/training.csv",
         "tokens/train/left_out.json",
     ):
         (path,) = Path("out").glob(pattern)
@@ -388,6 +389,10 @@ def test_layers_and_batch_sizes():
         (["--backbone", "fails"], "does not take images of (1, 3, 224, 224)"),
         (["--hub", "nowhere"], "is not a folder with a hubconf.py"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--data", ""], "--data: nothing is given: an unset variable?"),
+        (["--saes", " "], "--saes: nothing is given"),
+        (["--batch-size", "49"], "--batch-size 49 is above the 48 training images"),
+        (["--out", "hubs/file"], "--out hubs/file: hubs/file is a file"),
         (["--saes", "nowhere", "--seeds", "2"], "leave out --saes"),
         (["--device", "cuda"], "PyTorch finds no GPU here")
         if not torch.cuda.is_available()
@@ -395,6 +400,8 @@ def test_layers_and_batch_sizes():
     ],
 )
 def test_bad_input_is_one_sentence(data, hub, capsys, arguments, words):
+    Path("hubs").mkdir()
+    Path("hubs/file").touch()
     refused(capsys, small_run(data, hub, *arguments), words)
     assert not Path("out/tokens/train/layer_00.npy").exists()
 
@@ -407,13 +414,32 @@ def test_no_hypernym_that_could_be_found(data, hub, capsys):
     refused(capsys, small_run(data, hub), "no hypernym has two of these 3 classes")
 
 
-def test_a_bug_keeps_its_traceback(data, hub, monkeypatch):
+@pytest.mark.parametrize("error", [KeyError, FileNotFoundError])
+def test_a_bug_keeps_its_traceback(data, hub, monkeypatch, error):
     def mistake(*given):
-        raise KeyError("a student's")
+        raise error(2, "a student's")
 
     monkeypatch.setattr("sae.loss_of", mistake)
-    with pytest.raises(KeyError, match="a student's"):
+    with pytest.raises(error, match="a student's"):
         main(small_run(data, hub))
+
+
+@pytest.mark.parametrize("arguments", [["--layers", "99"], ["--batch-size", "9999"]])
+def test_the_demos_vit_is_not_trained_for_bad_input(capsys, monkeypatch, arguments):
+    monkeypatch.setattr("kit.demo.open_demo", lambda *given: 1 / 0)
+    refused(capsys, ["--out", "out", *arguments], arguments[0])
+
+
+def test_home_and_a_figure_that_fails(data, hub, monkeypatch, capsys):
+    """~ is the home folder; a figure that fails costs a sentence, and the rest is there."""
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
+    monkeypatch.setattr("kit.figures.line", lambda *given, **more: 1 / 0)
+    assert main(small_run(data, hub, "--layers", "1", "--out", "~/out")) == 0
+    assert not Path("~").exists()
+    assert "no figure of hierarchy: ZeroDivisionError" in capsys.readouterr().out
+    (folder,) = Path("home/out/results").iterdir()
+    assert (folder / "tables.md").exists() and (folder / "report.html").exists()
 
 
 def test_pictures_without_maps_where_attention_has_a_mask(data, hub, monkeypatch):

@@ -253,6 +253,61 @@ def test_an_sae_that_lacks_a_tensor_or_has_another_is_refused(tmp_path):
         SparseAutoencoder.from_pretrained(tmp_path)
 
 
+def test_an_sae_of_other_settings_or_numbers_is_refused(tmp_path):
+    def load(change=lambda sae: None, **config):
+        sae = SparseAutoencoder(4, 8, about={"layer": 3})
+        change(sae)
+        sae.save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        return SparseAutoencoder.from_pretrained(tmp_path)
+
+    assert load(top_k=2).top_k == 2
+    for config in ({"activation": "topk", "k": 4}, {"top_k": 0}, {"top_k": "2"}, {"width": 5}):
+        with pytest.raises(SAEError, match="is damaged, or of another kind"):
+            load(**config)
+    for change in (
+        lambda sae: sae.b_enc.data.fill_(float("nan")),
+        lambda sae: sae.scale.fill_(0),
+    ):
+        with pytest.raises(SAEError, match="not those of an SAE"):
+            load(change)
+
+
+def test_numbers_of_numpy_are_saved_and_what_json_lacks_is_not_dropped(tmp_path):
+    SparseAutoencoder(np.int64(4), np.int64(8), top_k=np.int64(2)).save_pretrained(tmp_path)
+    assert SparseAutoencoder.from_pretrained(tmp_path).top_k == 2
+    assert type(Training(expansion=np.int64(2), seed=np.int32(1)).expansion) is int
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        SparseAutoencoder(4, 8, about={"layer": np.int64(3)}).save_pretrained(tmp_path)
+
+
+def test_tokens_of_many_layers_at_once():
+    sae = SparseAutoencoder(6, 20, top_k=3)
+    x = torch.randn(5, 9, 6)
+    x_hat, z = sae(x)
+    for layer in range(5):
+        assert torch.equal(z[layer], sae.encode(x[layer])) and (z[layer] > 0).sum(1).max() <= 3
+        torch.testing.assert_close(x_hat[layer], sae(x[layer])[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"inputs": "centered"},
+        {"precision": "bf16"},
+        *({name: value} for name in ("expansion", "epochs", "batch_size") for value in (0, 2.5)),
+        *({"lr": value} for value in (0, -1, float("nan"))),
+        *({"l1": value} for value in (-1, float("nan"), float("inf"))),
+        {"seed": -1},
+    ],
+)
+def test_settings_that_are_none(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(SAEError, match=f"{name}={value!r}: give"):
+        Training(**settings)
+
+
 def test_what_cannot_be_trained(tmp_path):
     noise = np.random.default_rng(0).normal(size=(50, 4))
     for tokens, training, words in [
