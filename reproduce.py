@@ -352,8 +352,8 @@ def training_rows(jobs):
         except (ValueError, TypeError, KeyError, csv.Error):
             intact = False
         if not intact:
-            raise InputError(f"{path} is damaged: delete {job.sae}, and the same command makes "
-                             "it again")
+            raise InputError(f"{path} is damaged: delete this folder, and the same command makes it "
+                             "again")
     return rows
 
 
