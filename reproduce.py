@@ -1,7 +1,7 @@
 """Does DINOv2's class token, layer by layer, hold the ImageNet hierarchy? (after arXiv 2505.15970)
 
     python reproduce.py --layers all                    the built-in demo, minutes on a CPU
-    python reproduce.py --layers all --data data/tiny-imagenet-200 --backbone dinov2_vits14
+    python reproduce.py --layers all --data tiny-imagenet --backbone dinov2_vits14
                                                         DINOv2 on photographs of 200 classes
     python reproduce.py --layers all --data imagenet    the paper's job: dinov2_vitg14, one GPU
 
@@ -39,9 +39,9 @@ from kit.data import Decoded, fingerprint, workers_for
 from kit.files import RANK, InputError, check_disk, lock, write_aside
 from kit.inputs import find_inputs, where_to
 from kit.processes import RANKS, barrier, plain_streams, run_as_command
-from kit.rows import emergence_rows, matched_sets
+from kit.rows import emergence_rows, height_rows, matched_sets
 from kit.scores import open_layer, permuted_trees, score_layer
-from kit.tables import write_csv, write_tables
+from kit.tables import last_layer_of, write_csv, write_tables
 from metrics import TOP, kappa
 from sae import (HISTORY, SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
                  fast_precision, learning_rate, top_k_of, train_sae)
@@ -77,7 +77,8 @@ def parse_settings(argv=None):
     add = partial(parser.add_argument, type=text)
     count = number(int, 1)
     add("--layers", default="all", help="blocks, from 0: all, last, 0-11 or 3,7,11 (%(default)s)")
-    add("--data", help="folder of images, see README ($IMAGENET_DIR, ./imagenet, else the demo)")
+    add("--data", help="folder of images, see README, or tiny-imagenet, which is fetched "
+        "($IMAGENET_DIR, ./imagenet, else the demo)")
     add("--backbone", help="dinov2_vits14, _vitb14, _vitl14, or with _reg (dinov2_vitg14)")
     add("--hub", help=f"torch.hub repository, or a folder with a hubconf.py, and runs it ({HUB})")
     add("--transform", default="model", choices=["model", "dinov2"],
@@ -403,9 +404,10 @@ def run(settings):
         if RANK == 0:
             print("[4/4] scores -> tables, figures, report")
             record = {
-                "settings": vars(settings), "made_of": made, "saes": str(jobs[0].sae.parent),
-                "torch": torch.__version__, **tables_of(scores),
-                "training": [] if settings.saes else training_rows(jobs)}
+                "settings": vars(settings), "made_of": made, "torch": torch.__version__,
+                "saes": os.path.relpath(jobs[0].sae.parent, out),
+                "classes": len(inputs.tree.classes), "heights": height_rows(inputs.tree),
+                "training": [] if settings.saes else training_rows(jobs), **tables_of(scores)}
             write_results(settings, inputs, out, jobs, record, labels["val_ids"])
             print(f"Done in {time.time() - start:.0f} s.")
 
@@ -418,6 +420,10 @@ def write_results(settings, inputs, out, jobs, record, ids):
     changed = [saes.name] if settings.saes else changed_settings(settings, settings.seed)
     folder = out / "results" / "-".join([*changed, made_of.short_hash(made)])
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
+    # what the other sparsities that were tried here have
+    earlier = [path for path in out.glob("results/*/results.json") if path.parent != folder]
+    others = [last_layer_of(made_of.read_json(path)) for path in earlier]
+    record["others"] = {"(L0, matched)": others}
     with write_aside(folder) as part:
         part.mkdir()
         shown, sentences = write_tables(part, title, inputs.note, record, inputs.layers)

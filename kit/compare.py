@@ -4,7 +4,8 @@
 
 A setting is a run: a shell loop over --l1 and --activation makes the sweep. A line is of an output
 folder and of ReLU or TopK, so give runs that differ in more a folder (--out) each. Writes into
-compare/ of the first RUN a table of the last layer (CSV, Markdown) and two figures (PNG, PDF).
+compare/ of the first RUN a table of the last layer (CSV, Markdown) and figures (PNG, PDF), which
+the first RUN's page shows from then on.
 """
 import sys
 from pathlib import Path
@@ -19,34 +20,29 @@ from kit.tables import by_layer, markdown, write_csv
 RESULTS = "results/*/results.json"
 SAE = {"dictionary": "sae", "tree": "wordnet"}
 PERMUTED = SAE | {"tree": "permuted"}
-PANELS = {  # title: table, column, which of its rows, and which are the control, drawn dashed
-    "FVU": ("layers", "fvu", {}),
-    "hierarchy's part of the height (dashed: untrained)": (
-        "hierarchy", MAIN, SAE | {"tree": "part"}, {"dictionary": "untrained", "tree": "part"}),
-    "hypernyms matched": ("hierarchy", "hypernyms_matched", SAE, PERMUTED),
-    "probe IoU, 1 unit": ("probes", "iou", SAE | {"units": 1}, PERMUTED | {"units": 1}),
-    "probe IoU, 16 units": ("probes", "iou", SAE | {"units": 16}, PERMUTED | {"units": 16})}
+PART = {"tree": "part"}
+PANELS = {  # name of the file: title, table, column, which of its rows, and those drawn beside
+    "fvu": ("Variance unexplained by sparsity", "layers", "fvu", {}),
+    "height": ("The hierarchy's part of the height by sparsity (dotted: untrained)", "hierarchy",
+               MAIN, PART | {"dictionary": "sae"}, PART | {"dictionary": "untrained"}),
+    "matched": ("Hypernyms matched by sparsity", "hierarchy", "hypernyms_matched", SAE, PERMUTED),
+    "one_unit": ("Probe IoU of one unit by sparsity", "probes", "iou", SAE | {"units": 1},
+                 PERMUTED | {"units": 1}),
+    "layers": ("LCH height between classes by layer", "hierarchy", MAIN, SAE, PERMUTED)}
 
 
 def draw(axis, rows, name, key, column, *kinds):
-    """A line over `key` for each `name` in the rows, and kind of row; the second is dashed."""
+    """A line over `key` for each `name` in the rows, and kind of row; permuted trees are dashed."""
     for i, value in enumerate(sorted({row[name] for row in rows})):
         points = sorted({row[key] for row in rows if row[name] == value})
-        for kind, dash in zip(kinds, ("-", "--")):
-            style = {"color": f"C{i}", "ls": dash, "marker": ".", "label": value}
+        for kind in kinds:
+            dash = "--" if kind.get("tree") == "permuted" else "-"
+            dash = ":" if kind.get("dictionary") == "untrained" else dash
+            label = value if kind is kinds[0] else None
+            style = {"color": f"C{i}", "ls": dash, "marker": ".", "label": label}
             line(axis, rows, column, style, points, key, **{name: value}, **kind)
-    axis.set(xlabel=key)
+    axis.set(xlabel=key, xscale="log" if key == "L0" else "linear")
     axis.legend(fontsize=6)
-
-
-def draw_sparsity(figure, rows):
-    for axis, (title, (table, *what)) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
-        draw(axis, [row for row in rows[table] if row["layer"] == row["last"]], "line", "L0", *what)
-        axis.set(title=title, xscale="log")
-
-
-def draw_layers(figure, rows):
-    draw(figure.subplots(), rows["hierarchy"], "setting", "layer", MAIN, SAE, PERMUTED)
 
 
 def main(*runs):
@@ -76,8 +72,12 @@ def main(*runs):
     folder.mkdir(exist_ok=True)
     write_csv(folder / "sparsity.csv", shown)
     (folder / "sparsity.md").write_text(markdown(shown), encoding="utf-8")
-    save(draw_sparsity, folder / "sparsity", rows, size=(22, 4))
-    save(draw_layers, folder / "layers", rows)
+    for name, (title, table, column, *kinds) in PANELS.items():
+        shown, line_of, key = rows[table], "setting", "layer"
+        if name != "layers":
+            shown = [row for row in shown if row["layer"] == row["last"]]
+            line_of, key = "line", "L0"
+        save(folder / name, title, draw, shown, line_of, key, column, *kinds)
 
 
 if __name__ == "__main__":

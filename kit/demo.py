@@ -1,15 +1,17 @@
 """The built-in demo: drawn images of a hierarchy that is known, and a small ViT trained on them.
 
-Every WordNet node above a class gives it one visual trait, the colour of one ring of a target. The
-hierarchy is planted, so it must be found: the positive control of the whole kit.
+An image is a board of letters. Every WordNet node above a class gives it one letter, and the class
+has one of its own; the ViT learns to name the letters it sees. The hierarchy is planted, so it must
+be found: the positive control of the whole kit.
 """
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torchvision.transforms.functional import to_pil_image
+from torch.nn.functional import binary_cross_entropy_with_logits, scaled_dot_product_attention
+from torchvision.transforms.functional import to_pil_image, to_tensor
 from tqdm import tqdm
 
 from kit.files import RANK, InputError, write_aside
@@ -28,58 +30,54 @@ NOTE = (
     "the spot. Its numbers check the pipeline and are not the paper's. The paper's job: "
     "python reproduce.py --layers all --data <ImageNet>"
 )
-RINGS = 5
-COLOURS = {  # of a ring, and last of one without a trait
-    "red": "e61919", "yellow": "e6e619", "green": "19cc19", "cyan": "19e6e6", "blue": "1919e6",
-    "magenta": "e619e6", "grey": "808080"}
+CELLS = 4  # a board has so many rows and columns of cells
+CELL = 12  # pixels a side
+SIZE = CELLS * CELL  # of an image
+LETTERS = "ABDEFGHIJKLMNPQRTYabcdefghijkmnopqrstuvwxyz23478"  # none looks like another
+SHOWN = 0.8  # how often a hypernym's letter is on the board
+OWN_SHOWN = 0.5  # and a class's own: rarer, else latents see it and a hypernym's as one
 TRAITS = {}  # wnid of a hypernym: its trait in words, once a demo is open
-SIZE = 32  # pixels a side
 IMAGES = {"train": 150, "val": 50}  # of each class
-STEPS = 500  # of the ViT's training, on images drawn anew for each
-BATCH = 64
-HIDDEN = 0.05  # how often a ring is grey: if it is the class's own, only the hypernyms can be told
+STEPS = 800  # of the ViT's training, on boards drawn anew for each
+BATCH = 128
+LR = 4e-3  # at its highest
 
 
-def class_traits(tree):
-    """(C, RINGS + 1) int, the colour of each ring; -1 for none, and last for what is outside.
-
-    From the most general hypernym to the most specific, each gives the first ring that its classes
-    have no colour for a colour of its own; a class tells itself from its siblings by one more.
-    """
-    traits = torch.full((len(tree.classes), RINGS + 1), -1)
-    used = [0] * RINGS
-    for v in tree.hypernyms[-2::-1]:  # below the root
-        below = torch.from_numpy(tree.leaves[v])
-        ring = int((traits[below] >= 0).any(0).sum())
-        traits[below, ring] = used[ring]
-        TRAITS[tree.wnids[v]] = f"Planted trait: ring {ring + 1} is {list(COLOURS)[used[ring]]}."
-        used[ring] += 1
-    for c, rings in enumerate(traits):
-        rings[int((rings >= 0).sum())] = c % 3
-    return traits
+def class_letters(tree):
+    """(C, LETTERS) bool, which letters a class may have: one for each hypernym of it below the
+    root, a capital, and one of its own."""
+    hypernyms = tree.hypernyms[-2::-1]  # from the most general on
+    for v, letter in zip(hypernyms, LETTERS):
+        TRAITS[tree.wnids[v]] = f"Planted trait: the letter {letter}."
+    nodes = [*hypernyms, *tree.classes]
+    return torch.from_numpy(tree.leaves[nodes].T)
 
 
-def draw(traits, generator):
-    """Traits (B, RINGS + 1) -> images (B, 3, S, S) uint8: a target of rings at a random place, of
-    random size and brightness, on grey, under pixel noise."""
-    B = len(traits)
+def letter_bitmaps():
+    """(LETTERS + 1, CELL, CELL) float, 1 where a letter is; the last is an empty cell."""
+    font = ImageFont.load_default(size=11)
+    bitmaps = torch.zeros(len(LETTERS) + 1, CELL, CELL)
+    for bitmap, letter in zip(bitmaps, LETTERS):
+        picture = Image.new("L", (CELL, CELL))
+        ImageDraw.Draw(picture).text((CELL / 2, 9), letter, 255, font, anchor="ms")
+        bitmap.copy_(to_tensor(picture)[0])
+    return bitmaps
 
-    def uniform(low, high, *shape):
-        return torch.rand(shape, generator=generator) * (high - low) + low
 
-    colours = traits.masked_fill(uniform(0, 1, *traits.shape) < HIDDEN, -1)
-    radius = uniform(10, 14, B, 1, 1, 1)
-    centre = radius + uniform(0, 1, B, 2, 1, 1) * (SIZE - 2 * radius)
-    along = torch.arange(SIZE) + 0.5
-    grid = torch.stack(torch.meshgrid(along, along, indexing="ij"))  # (2, S, S)
-    distance = ((grid - centre) / radius).norm(dim=1)  # (B, S, S), 1 at the edge
-    ring = (distance * RINGS).long().clamp(max=RINGS)
-    colour = colours.gather(1, ring.flatten(1)).view_as(ring)
-    palette = torch.tensor([list(bytes.fromhex(text)) for text in COLOURS.values()]) / 255
-    image = palette[colour].permute(0, 3, 1, 2)
-    image = image * uniform(0.6, 1, B, 1, 1, 1)
-    image = image + 0.1 * torch.randn(image.shape, generator=generator)
-    return (image.clamp(0, 1) * 255).byte()
+def draw(letters, bitmaps, generator):
+    """Letters that may be there (B, LETTERS) bool -> images (B, 3, S, S) uint8, and the letters
+    that are: each in a random cell of its own, light on grey, under pixel noise."""
+    B, L = letters.shape
+    chance = torch.full((L,), SHOWN)
+    chance[-len(CLASSES) :] = OWN_SHOWN
+    shown = letters & (torch.rand(B, L, generator=generator) < chance)
+    # a board's letters, then L for an empty cell; then shuffled over the cells
+    letter = torch.where(shown, torch.arange(L), L).sort(1).values[:, : CELLS**2]
+    cells = torch.rand(B, CELLS**2, generator=generator).argsort(1)
+    board = bitmaps[letter.gather(1, cells)]  # (B, cells, CELL, CELL)
+    image = board.unflatten(1, (CELLS, CELLS)).transpose(2, 3).reshape(B, 1, SIZE, SIZE)
+    image = 0.5 + 0.4 * image + 0.1 * torch.randn(image.shape, generator=generator)
+    return (image.clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1), shown
 
 
 class Block(nn.Module):
@@ -103,7 +101,7 @@ class Block(nn.Module):
 class SmallViT(nn.Module):
     """A ViT with the parts that hooks need: images (B, 3, size, size) -> logits (B, classes)."""
 
-    def __init__(self, classes=len(CLASSES), size=SIZE, patch=4, width=96, depth=6, heads=2):
+    def __init__(self, classes=len(LETTERS), size=SIZE, patch=CELL, width=32, depth=6, heads=4):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -121,40 +119,50 @@ class SmallViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-def train_vit(traits, normalise):
+def train_vit(letters, bitmaps, normalise):
+    """letters (C, LETTERS) -> a ViT that names those on a board"""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(2)
     vit = SmallViT()
-    optimizer = torch.optim.AdamW(vit.parameters(), lr=5e-4, fused=True)
-    for _ in tqdm(range(STEPS), "      the demo's ViT"):
-        labels = torch.randint(len(traits), (BATCH,), generator=generator)
-        images = normalise(draw(traits[labels], generator).float() / 255)
-        loss = cross_entropy(vit(images), labels)
+    optimizer = torch.optim.AdamW(vit.parameters(), fused=True)
+    for step in tqdm(range(STEPS), "      the demo's ViT"):
+        labels = torch.randint(len(letters), (BATCH,), generator=generator)
+        images, shown = draw(letters[labels], bitmaps, generator)
+        loss = binary_cross_entropy_with_logits(vit(normalise(images.float() / 255)), shown.float())
         optimizer.zero_grad()
         loss.backward()
+        # up over the first tenth of the steps, down to zero over the last 30%
+        factor = min(1, (step + 1) / (0.1 * STEPS), (STEPS - step) / (0.3 * STEPS))
+        optimizer.param_groups[0]["lr"] = LR * factor
         optimizer.step()
     return vit
 
 
+def folder_of(out):
+    return out / f"demo-{code_of(Path(__file__).parent, 'demo.py')[:8]}"
+
+
 def open_demo(out, normalise):
-    """The ViT, and the folder of its images, {train,val}/<wnid>/000.png ...; made unless they are
-    there. Raises InputError where they are damaged."""
-    folder = out / f"demo-{code_of(Path(__file__).parent, 'demo.py')[:8]}"
-    traits = class_traits(Taxonomy.from_wnids(CLASSES))
+    """The ViT, and beside it images/{train,val}/<wnid>/000.png ...; made unless they are there.
+    Raises InputError where they are damaged."""
+    folder = folder_of(out)
+    letters = class_letters(Taxonomy.from_wnids(CLASSES))
+    bitmaps = letter_bitmaps()
     if RANK == 0 and not folder.is_dir():
         with write_aside(folder) as part:
             for seed, (split, count) in enumerate(IMAGES.items()):
                 generator = torch.Generator().manual_seed(seed)
-                for wnid, rings in zip(CLASSES, traits):
+                for wnid, its in zip(CLASSES, letters):
                     class_folder = part / "images" / split / wnid
                     class_folder.mkdir(parents=True)
-                    for i, image in enumerate(draw(rings.expand(count, -1), generator)):
+                    images, _ = draw(its.expand(count, -1), bitmaps, generator)
+                    for i, image in enumerate(images):
                         to_pil_image(image).save(class_folder / f"{i:03d}.png")
-            torch.save(train_vit(traits, normalise).state_dict(), part / "vit.pt")
+            torch.save(train_vit(letters, bitmaps, normalise).state_dict(), part / "vit.pt")
     vit = SmallViT().eval().requires_grad_(False)
     try:
         vit.load_state_dict(torch.load(folder / "vit.pt"))
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
         raise InputError(f"{folder / 'vit.pt'} is damaged: delete {folder}, and the same command "
                          "makes it again") from error
-    return vit, folder / "images"
+    return vit

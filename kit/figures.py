@@ -1,4 +1,7 @@
-"""The figures of a run, each drawn from its tables to a PNG and, for talks, a PDF."""
+"""The figures of a run, each drawn from its tables to a PNG and, for talks, a PDF.
+
+A dash means permuted trees, in every figure.
+"""
 import os
 
 import numpy as np
@@ -7,22 +10,25 @@ from kit.claims import MAIN, claimed
 from kit.probes import UNITS
 from kit.rows import values_of
 
-STYLES = {  # Okabe and Ito's colours for the colour-blind, a marker and a dash each
+STYLES = {  # Okabe and Ito's colours for the colour-blind, and a marker each
     "sae": dict(color="#0072B2", marker="o", label="SAE"),
-    "untrained": dict(color="#CC79A7", marker="^", linestyle="-.",
-                      label="untrained SAE, at equal sparsity"),
-    "neurons": dict(color="#009E73", marker="s", linestyle=":",
-                    label="raw neurons, at equal sparsity"),
+    "untrained": dict(color="#CC79A7", marker="^", label="untrained SAE, as sparse"),
+    "neurons": dict(color="#009E73", marker="s", label="raw neurons, as sparse"),
     "token": dict(color="black", marker="D", label="class token, all of it"),
     "permuted": dict(color="0.4", linestyle="--", label="SAE, permuted trees")}
-PANELS = {  # columns of layers.csv
-    "probe_top1": "accuracy of a linear probe", "l0": "active latents an image (L0)",
-    "nmse": "reconstruction error (NMSE)", "fvu": "variance unexplained (FVU)"}
+COLUMNS = {  # of layers.csv
+    "probe_top1": "How much class information: accuracy of a linear probe",
+    "nmse": "How easy to auto-encode: reconstruction error (NMSE)",
+    "l0": "Active latents per image (L0)", "fvu": "Variance that the SAE leaves unexplained (FVU)"}
+HISTORIES = {  # of training.csv
+    "loss": "Loss by training step", "active": "Active latents (L0) by training step",
+    "dead": "Share of silent latents by training step"}
+MOST_ROWS = 60  # of the picture, on a slide
 
 
-def label_layers(axis, ylabel, layers):
+def label_layers(axis, layers, **labels):
     axis.set_xticks(layers[:: -(-len(layers) // 12)])  # at layers that were run
-    axis.set(xlabel="layer", ylabel=ylabel)
+    axis.set(xlabel="layer", **labels)
 
 
 def line(axis, rows, column, style, points, key="layer", **where):
@@ -49,75 +55,131 @@ def draw_metric(axis, tables, layers, column):
     where["tree"] = "permuted_sd"
     spread = [values_of(rows, column, layer=layer, **where).mean() for layer in layers]
     band(axis, layers, mean, 2 * np.array(spread), "0.4")
+    label_layers(axis, layers)
+    axis.legend(fontsize=8)
 
 
-def draw_hierarchy(figure, tables, layers):
-    """The main figure: LCH height between classes by layer."""
-    axis = figure.subplots()
-    draw_metric(axis, tables, layers, MAIN)
-    label_layers(axis, "LCH height between classes, edges (↓ more specific)", layers)
-    axis.legend(fontsize=9)
+def draw_main(axis, tables, layers, column):
+    """On the right, how far apart two classes of such a height are."""
+    draw_metric(axis, tables, layers, column)
+    axis.set(ylabel="edges (lower: closer kin share a latent)")
+    low, high = axis.get_ylim()
+    known = [row for row in tables["heights"] if low <= row["height"] <= high]
+    right = axis.twinx()
+    right.set(ylim=(low, high), yticks=[row["height"] for row in known])
+    right.set_yticklabels([f"as {row['a']}, {row['b']}" for row in known], fontsize=7)
 
 
-def draw_metrics(figure, tables, layers):
-    """Every other metric of which a claim is made."""
-    _, *others = claimed()
-    for axis, (column, metric) in zip(figure.subplots(1, len(others)), others):
-        draw_metric(axis, tables, layers, column)
-        label_layers(axis, f"{metric.title} {'↑' if metric.better > 0 else '↓'}", layers)
-
-
-def draw_probes(figure, tables, layers):
-    """Hypernym probes: IoU by the number of units in the last layer, and by layer."""
-    few, depth = figure.subplots(1, 2)
-    rows = tables["probes"]
+def draw_by_units(axis, tables, layers):
+    """IoU of hypernym probes by the number of units, in the last layer."""
     for tree, dash in (("wordnet", {}), ("permuted", {"linestyle": "--", "label": None})):
         for name in ("sae", "untrained", "neurons"):
-            style = STYLES[name] | dash
+            where = {"dictionary": name, "tree": tree, "layer": layers[-1]}
+            line(axis, tables["probes"], "iou", STYLES[name] | dash, UNITS, "units", **where)
+        token = values_of(tables["probes"], "iou", dictionary="token", tree=tree, layer=layers[-1])
+        axis.axhline(token.mean(), color="black", linestyle=dash.get("linestyle"))
+    axis.set(xlabel=f"units of the probe, layer {layers[-1]}", ylabel="IoU with the hypernym",
+             xscale="log", xticks=UNITS, xticklabels=UNITS, ylim=(0, None))
+    axis.legend(fontsize=8)
+
+
+def draw_by_layer(axis, tables, layers):
+    """IoU of hypernym probes of one unit, and of the whole token."""
+    for tree, dash in (("wordnet", {}), ("permuted", {"linestyle": "--", "label": None})):
+        for name in ("sae", "untrained", "neurons", "token"):
             where = {"dictionary": name, "tree": tree}
-            line(few, rows, "iou", style, UNITS, "units", layer=layers[-1], **where)
-            line(depth, rows, "iou", style, layers, units=1, **where)
-        style = STYLES["token"] | dash
-        token = line(depth, rows, "iou", style, layers, dictionary="token", tree=tree)
-        few.axhline(token[-1], color="black", linestyle=dash.get("linestyle"))
-    few.set(xlabel=f"units of the probe, layer {layers[-1]}", ylabel="IoU with the hypernym",
-            xscale="log", xticks=UNITS, xticklabels=UNITS, ylim=(0, None))
-    label_layers(depth, "IoU of one unit, and of the token (dashed: permuted)", layers)
-    depth.legend(fontsize=8)
+            where |= {"units": 1} if name != "token" else {}
+            line(axis, tables["probes"], "iou", STYLES[name] | dash, layers, **where)
+    label_layers(axis, layers, ylabel="IoU with the hypernym")
+    axis.legend(fontsize=8)
 
 
-def draw_layers(figure, tables, layers):
-    """How much class information the token holds, and how easy it is to auto-encode."""
-    for axis, column in zip(figure.subplots(2, 2).flat, PANELS):
-        line(axis, tables["layers"], column, STYLES["sae"], layers)
-        label_layers(axis, PANELS[column], layers)
+def draw_column(axis, tables, layers, column):
+    line(axis, tables["layers"], column, STYLES["sae"], layers)
+    label_layers(axis, layers)
 
 
-def draw_training(figure, tables, layers):
-    """What became of the loss, L0 and silent latents; the first seed, layers from light to dark."""
+def draw_history(axis, tables, layers, column):
+    """Of the first seed, layers from light to dark."""
     rows = tables["training"]
     seed = values_of(rows, "seed").min(initial=np.inf)  # of published SAEs there are no rows
-    for axis, column in zip(figure.subplots(1, 3), ("loss", "l0", "dead")):
-        for layer, alpha in zip(layers, np.linspace(0.2, 1, len(layers))):
-            where = {"layer": layer, "seed": seed}
-            axis.plot(values_of(rows, "step", **where), values_of(rows, column, **where),
-                      color=STYLES["sae"]["color"], alpha=alpha)
-        axis.set(xlabel="training step", title=column, ylim=(0, None))
+    for layer, alpha in zip(layers, np.linspace(0.2, 1, len(layers))):
+        where = {"layer": layer, "seed": seed}
+        axis.plot(values_of(rows, "step", **where), values_of(rows, column, **where),
+                  color=STYLES["sae"]["color"], alpha=alpha, label=f"layer {layer}")
+    axis.set(xlabel="training step", ylim=(0, None))
+    axis.legend(handles=axis.lines[:: max(1, len(layers) - 1)], fontsize=8)
 
 
-def save(action, path, *shown, size=(10, 5.5)):
-    """action(figure, *shown) to path.pdf and path.png, whatever the user's settings of matplotlib.
+def draw_agreement(axis, tables, layers):
+    """Kappa of the hypernyms matched in every two layers, the mean over seeds."""
+    kappa = np.full((len(layers), len(layers)), np.nan)
+    for row in tables["consistency"]:
+        a, b = layers.index(row["layer_a"]), layers.index(row["layer_b"])
+        where = {"layer_a": row["layer_a"], "layer_b": row["layer_b"]}
+        kappa[a, b] = kappa[b, a] = values_of(tables["consistency"], "kappa", **where).mean()
+    shown = axis.imshow(kappa, vmin=0, vmax=1)
+    axis.figure.colorbar(shown, label="Cohen's kappa")
+    ticks = range(0, len(layers), -(-len(layers) // 12))
+    labels = [layers[i] for i in ticks]
+    axis.set(xlabel="layer", ylabel="layer", xticks=ticks, xticklabels=labels, yticks=ticks,
+             yticklabels=labels)
+
+
+def draw_picture(axis, tables, layers):
+    """Hypernyms in the tree's order by layers: how well a latent matches each; framed: matched."""
+    rows = tables["hypernyms"]
+    names = [row for row in rows if row["layer"] == layers[0] and row["shown"]][:MOST_ROWS]
+    match = [values_of(rows, "match", wnid=row["wnid"]) for row in names]
+    axis.figure.set_size_inches(4 + len(layers) / 4, 2 + len(names) / 6)
+    if names:
+        shown = axis.imshow(match, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axis.figure.colorbar(shown, label="match on held-out images")
+    for y, row in enumerate(names):
+        for x in np.flatnonzero(values_of(rows, "matched", wnid=row["wnid"])):
+            axis.plot(x + SQUARE[0], y + SQUARE[1], color="#D55E00", linewidth=1)
+    labels = ["   " * row["indent"] + row["term"] for row in names]
+    axis.set_yticks(range(len(names)), labels, fontsize=7, ha="left")
+    axis.tick_params(axis="y", pad=max(map(len, labels), default=0) * 4)
+    axis.set(xlabel="layer", xticks=range(len(layers)), xticklabels=layers)
+
+
+SQUARE = np.array([[-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1]]) * 0.47
+
+
+def all_figures():
+    """{name: (title, what draws it on an axis, and with what besides tables and layers)}"""
+    figures = {
+        "hierarchy": ("How closely related the classes of a latent are", draw_main, MAIN),
+        "picture": ("General terms that have a latent, by layer", draw_picture)}
+    for column, (title, better, _) in claimed()[1:]:
+        arrow = "↑" if better > 0 else "↓"
+        figures[column] = (f"{title[0].upper()}{title[1:]} {arrow}", draw_metric, column)
+    figures["by_units"] = ("How few units tell the images under a hypernym", draw_by_units)
+    figures["by_layer"] = ("How well one unit tells them, by layer", draw_by_layer)
+    for column, title in COLUMNS.items():
+        figures[column] = (title, draw_column, column)
+    for column, title in HISTORIES.items():
+        figures[column] = (title, draw_history, column.replace("active", "l0"))
+    figures["agreement"] = ("Do two layers match the same hypernyms?", draw_agreement)
+    return figures
+
+
+def save(path, title, action, *shown):
+    """action(axis, *shown) to path.pdf and path.png, whatever the user's settings of matplotlib.
     Returns the path of the PNG."""
     os.environ.pop("MPLBACKEND", None)  # a notebook's
     from matplotlib import style
     from matplotlib.figure import Figure
 
     with style.context("default"):
-        figure = Figure(size, layout="constrained")
-        action(figure, *shown)
+        figure = Figure((6, 4), layout="constrained")
+        axis = figure.subplots()
+        action(axis, *shown)
+        axis.set_title(title, fontsize=11)
         for ending in (".pdf", ".png"):
             file = path.with_suffix(ending)
-            figure.savefig(file, dpi=160)
+            figure.savefig(file, dpi=130)
     return file
 
 
@@ -125,13 +187,9 @@ def draw(folder, tables, layers):
     """{name: path of the PNG} in the folder. One that fails is said: the tables are worth more."""
     folder.mkdir()
     paths = {}
-    for action in FIGURES:
-        name = action.__name__.removeprefix("draw_")
+    for name, (title, action, *more) in all_figures().items():
         try:
-            paths[name] = save(action, folder / name, tables, layers)
+            paths[name] = save(folder / name, title, action, tables, layers, *more)
         except Exception as error:
             print(f"      no figure of {name}: {type(error).__name__}: {error}")
     return paths
-
-
-FIGURES = draw_hierarchy, draw_metrics, draw_probes, draw_layers, draw_training

@@ -3,12 +3,18 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from torchvision.datasets.utils import download_and_extract_archive
+
 from dinov2_hooks import HUB, blocks_of, eval_transform, load_backbone, transform_of
 from kit import demo
 from kit.data import Split, find_images
 from kit.files import InputError
 from sae import top_k_of
 from taxonomy import Taxonomy
+
+
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 class Inputs(NamedTuple):
@@ -34,10 +40,24 @@ def where_to(settings):
         settings.data = "demo"
         settings.backbone = "demo"
         return Path(settings.out or "runs/demo")
+    if data == "tiny-imagenet" and not Path(data).exists():
+        data = fetch_tiny_imagenet()
     settings.data = data
     settings.hub = settings.hub or HUB
     settings.backbone = settings.backbone or "dinov2_vitg14"
     return Path(settings.out or f"runs/{Path(data).resolve().name}-{settings.backbone}")
+
+
+def fetch_tiny_imagenet():
+    """The folder of Tiny ImageNet's 200 classes in data/, fetched unless it is there."""
+    folder = Path("data", TINY_IMAGENET.rpartition("/")[2]).with_suffix("")
+    if not folder.is_dir():
+        try:
+            download_and_extract_archive(TINY_IMAGENET, "data", md5=MD5)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{TINY_IMAGENET} could not be fetched ({error}): fetch it elsewhere, "
+                             "unpack it, and give the folder as --data") from error
+    return str(folder)
 
 
 def find_inputs(settings, out):
@@ -45,10 +65,10 @@ def find_inputs(settings, out):
     folder = settings.data
     if settings.data == "demo":
         print(demo.NOTE)
-        transform = eval_transform(demo.SIZE, demo.SIZE)
         untrained = demo.SmallViT()  # what is wrong is said before the ViT is trained
         layers = check_model(settings, untrained, len(demo.CLASSES) * demo.IMAGES["train"])
-        model, folder = demo.open_demo(out, transform.transforms[-1])
+        model, transform = find_model(settings, out)
+        folder = demo.folder_of(out) / "images"
     train, val, classes = find_images(folder, settings.images_per_class)
     tree = Taxonomy.from_wnids(classes)
     counts = len(train.names), len(val.names), len(classes)
@@ -60,10 +80,18 @@ def find_inputs(settings, out):
     if settings.top_k > counts[1]:
         raise InputError(f"--top-k {settings.top_k} is above the {counts[1]} validation images")
     if settings.data != "demo":
-        model = load_backbone(settings.backbone, settings.hub)
-        transform = transform_of(model) if settings.transform == "model" else eval_transform()
+        model, transform = find_model(settings, out)
     layers = check_model(settings, model, counts[0])
     return Inputs(model, transform, train, val, tree, layers, note)
+
+
+def find_model(settings, out):
+    """The backbone, and the transform of its images. The demo's lie in `out`."""
+    if settings.data == "demo":
+        transform = eval_transform(demo.SIZE, demo.SIZE)
+        return demo.open_demo(out, transform.transforms[-1]), transform
+    model = load_backbone(settings.backbone, settings.hub)
+    return model, transform_of(model) if settings.transform == "model" else eval_transform()
 
 
 def check_model(settings, model, images):

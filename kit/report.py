@@ -6,38 +6,44 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import torch
+from matplotlib import colormaps
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 
 from dinov2_hooks import layer_name, relevancy_maps
 from kit import demo
 from kit.data import Decoded
-from kit.figures import FIGURES
-from kit.tables import MARKS, cell
+from kit.figures import COLUMNS, HISTORIES
+from kit.rows import terms_of
+from kit.tables import MARKS, cell, markdown
 from sae import SparseAutoencoder
 
 OPEN = 12  # latents shown open
-TILES = 16  # of each of these
-FEW = 4  # of each of the others
+FEW = 4  # top images of each of the others
 SIDE = 112  # of a tile, in pixels
-
-
-def display_name(synset):
-    """dog.n.01 -> dog; of a further sense with its number, as crane (4)."""
-    name, _, number = synset.rsplit(".", 2)
-    return escape(name.replace("_", " ") + (f" ({int(number)})" if number != "01" else ""))
+MAIN_CLAIMS = ("the hierarchy is there", "it grows with depth", "training brings it",
+               "category information grows with depth")
 
 
 def data_uri(kind, data):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(image):
+def picture_of(image):
     """(3, H, W) in 0 to 1 -> HTML."""
     file = io.BytesIO()
     to_pil_image(image.clamp(0, 1)).save(file, "WEBP", quality=70)
     return f'<img loading="lazy" alt="" src="{data_uri("webp", file.getvalue())}">'
+
+
+def overlaid(images, maps):
+    """images (B, 3, H, W) in 0 to 1, maps (B, h, w) -> the images, warm where the map is large."""
+    heat = interpolate(maps[:, None], images.shape[2:], mode="bilinear")
+    heat = heat / heat.amax((2, 3), keepdim=True).clamp(min=1e-30)
+    colour = torch.from_numpy(colormaps["inferno"](heat[:, 0].numpy())[..., :3])
+    return torch.lerp(images, colour.permute(0, 3, 1, 2).float(), 0.6 * heat)
 
 
 class Latents:
@@ -49,75 +55,112 @@ class Latents:
         self.sae_folder = sae_folder
         self.images = torch.utils.data.Subset(Decoded(inputs.val, inputs.transform), ids)
         self.labels = inputs.val.labels[ids]
-        self.names = [display_name(inputs.tree.names[v]) for v in inputs.tree.classes]
+        self.names = terms_of([inputs.tree.names[v] for v in inputs.tree.classes])
         self.why_no_maps = ""
 
-    def section(self, row, count):
-        """HTML of a row of hypernyms.csv: its best latent in any layer."""
-        name = display_name(row["name"])
-        under = self.inputs.tree.leaves[self.inputs.tree.wnids.index(row["wnid"])]  # (C,) bool
-        top = self.labels[row["top_images"][: self.k]]
-        inside = []
-        outside = []
+    def under(self, row):
+        """(C,) bool, the classes of a row of hypernyms.csv."""
+        return self.inputs.tree.leaves[self.inputs.tree.wnids.index(row["wnid"])]
+
+    def count(self, row):
+        """How many of a latent's top images are under the hypernym."""
+        return int(self.under(row)[self.labels[row["top_images"][: self.k]]].sum())
+
+    def section(self, rows, is_open):
+        """HTML of a latent, of the rows of hypernyms.csv that it matches, the best one first."""
+        row = rows[0]
+        under = self.under(row)
+        top = row["top_images"][: self.k]
+        inside, outside = [], []
         for c in row["responds_to"]:
             (inside if under[c] else outside).append(self.names[c])
-        return (
-            f'<section id="{row["wnid"]}"><h3>{name}: {under[top].sum()} of {len(top)} top images'
-            f'</h3><p>{demo.TRAITS.get(row["wnid"], "")} {row["classes"]} classes, height '
-            f'{row["height"]}. Latent {row["best_latent"]} of layer {row["best_layer"]}, match '
-            f'{row["match"]:.2f}; first matched in layer {row["emergence_layer"]}.<br>Responds to: '
-            f'{", ".join(inside[:12]) or "none"}. Outside {name}: '
-            f'{", ".join(outside[:12]) or "none"}.</p><div class="tiles">'
-            f"{self.tiles(row, under, count)}</div></section>")
+        anchors = "".join(f'<a id="{other["wnid"]}"></a>' for other in rows)
+        also = ", ".join(f"{other['term']} ({other['match']:.2f})" for other in rows[1:])
+        text = [
+            demo.TRAITS.get(row["wnid"], ""),
+            f"Latent {row['best_latent']} of layer {row['layer']}, match {row['match']:.2f}; first "
+            f"matched in layer {row['emergence_layer']}.", also and f"Also matches: {also}.",
+            f"Responds to: {', '.join(inside[:12]) or 'none'}. Outside {row['term']}: "
+            f"{', '.join(outside[:12]) or 'none'}."]
+        return (f"<section>{anchors}<h3>{escape(row['term'])}: {self.count(row)} of {len(top)} top "
+                f"images</h3><p>{escape(' '.join(filter(None, text)))}</p><div class='tiles'>"
+                f"{self.tiles(row, under, top if is_open else top[:FEW], is_open)}</div></section>")
 
-    def tiles(self, row, under, count):
-        """Top images, at most two of a class; with their maps where there are many."""
-        chosen = []
-        labels = []
-        for i in row["top_images"]:
-            if labels.count(self.labels[i]) < 2 and len(chosen) < count:
-                chosen.append(self.images[i][0])
-                labels.append(self.labels[i])
-        images = torch.stack(chosen)
+    def tiles(self, row, under, top, is_open):
+        """The top images that are counted, in their order; those shown open with their maps."""
+        images = torch.stack([self.images[i][0] for i in top])
         normalise = self.inputs.transform.transforms[-1]
         mean, std = (torch.tensor(x)[:, None, None] for x in (normalise.mean, normalise.std))
         shown = interpolate(images * std + mean, (SIDE, SIDE), mode="bilinear", antialias=True)
-        if count == TILES and not self.why_no_maps:
+        looks = shown
+        if is_open and not self.why_no_maps:
             try:
-                heat = interpolate(self.maps(images, row)[:, None], (SIDE, SIDE), mode="bilinear")
-                heat = heat / heat.amax((2, 3), keepdim=True).clamp(min=1e-30)
-                shown = torch.cat([shown, shown * (0.15 + 0.85 * heat**0.7)], dim=2)
+                looks = overlaid(shown, self.maps(images, row))
             except Exception as error:  # the backbone's own code: results are worth more
                 self.why_no_maps = f"No maps: {type(error).__name__}: {error}"
         html = ""
-        for label, image in zip(labels, shown):
+        for label, image, look in zip(self.labels[top], shown, looks):
             kind, mark = ("", "") if under[label] else (" outside", "✗ ")
-            html += (f'<figure class="tile{kind}">{picture(image)}<figcaption>{mark}'
-                     f"{self.names[label]}</figcaption></figure>")
+            pictures = picture_of(image) + (picture_of(look) if look is not image else "")
+            html += (f'<figure class="tile{kind}">{pictures}<figcaption>{mark}'
+                     f"{escape(self.names[label])}</figcaption></figure>")
         return html
 
     def maps(self, images, row):
         model = self.inputs.model
         device = model.cls_token.device
-        folder = self.sae_folder / layer_name(row["best_layer"])
+        folder = self.sae_folder / layer_name(row["layer"])
         sae = SparseAutoencoder.from_pretrained(folder).to(device)
         parts = []
         for part in images.to(device).split(2):  # ViT-g's graph of two images takes 2 GB
-            parts.append(relevancy_maps(model, part, row["best_layer"],
+            parts.append(relevancy_maps(model, part, row["layer"],
                                         lambda x: sae.encode(x)[:, row["best_latent"]]))
         return torch.cat(parts).cpu()
 
 
-def emergence_map(rows, layers):
-    """HTML: hypernyms in the colour of the layer in which each emerges; a click leads to its
-    latent."""
-    html = ""
+def picture(rows, layers):
+    """HTML: hypernyms in the tree's order by layers, darker the better a latent matches them,
+    framed if matched. A click on a name leads to its latent."""
+    by_name = {}
     for row in rows:
-        layer = row["emergence_layer"]
-        hue = 240 - 190 * layers.index(layer) / len(layers)
-        html += (f'<a style="background:hsl({hue:.0f} 60% 75%)" href="#{row["wnid"]}">'
-                 f"{display_name(row['name'])}: {layer}</a>\n")
-    return html
+        if row["shown"]:
+            by_name.setdefault(row["wnid"], []).append(row)
+    html = "<tr><th>" + "".join(f"<th>{layer}" for layer in layers)
+    for wnid, of_layers in by_name.items():
+        row = of_layers[0]
+        name = escape(row["term"])
+        if row["emergence_layer"] is not None:
+            name = f'<a href="#{wnid}">{name}</a>'
+        html += f'<tr><td style="padding-left:{row["indent"]}em">{name}'
+        for each in of_layers:
+            level = "" if each["match"] is None else round(9 * each["match"])
+            html += f'<td class="c{level}{" m" if each["matched"] else ""}">'
+        html += "\n"
+    return f'<div class="wide"><table class="picture">{html}</table></div>'
+
+
+def latents_of(rows, latents):
+    """Rows of hypernyms.csv by latent: [[rows that it matches, the best first]]. Each hypernym is
+    shown in the layer that matches it best; latents of most counted images come first."""
+    best = {}
+    for row in rows:
+        if row["matched"] and row["match"] > best.get(row["wnid"], {"match": 0})["match"]:
+            best[row["wnid"]] = row
+    by_latent = {}
+    for row in sorted(best.values(), key=lambda row: -row["match"]):
+        by_latent.setdefault((row["layer"], row["best_latent"]), []).append(row)
+    return sorted(by_latent.values(),
+                  key=lambda rows: (-latents.count(rows[0]), -rows[0]["classes"]))
+
+
+def plots(pictures, names):
+    """HTML of some figures, by name; those that failed are not there."""
+    html = ""
+    for name in names:
+        if name in pictures:
+            uri = data_uri("png", pictures[name].read_bytes())
+            html += f'<figure class="plot"><img alt="Figure: {name}" src="{uri}"></figure>'
+    return f'<div class="plots">{html}</div>'
 
 
 def html_table(rows):
@@ -127,33 +170,45 @@ def html_table(rows):
     return f'<div class="wide"><table><tr>{"<tr>".join(lines)}</table></div>'
 
 
+def sentence_of_claim(row):
+    beside = "" if row["permuted"] is None else f", permuted {cell(row['permuted'])}"
+    low = row.get("low")
+    if low is not None and low == low:
+        beside += f", interval {cell(low)} to {cell(row['high'])}"
+    mark = MARKS.get(row["verdict"], "–")
+    return f"{mark} {row['claim']}: {row['verdict']} ({cell(row['value'])}{beside})"
+
+
 def write_page(folder, title, inputs, record, sae_folder, ids, shown, sentences, pictures):
     """report.html; the SAEs are the first seed's. shown, sentences: of `write_tables`; pictures:
     {name: path} of the figures."""
-    matched = [row for row in record["hypernyms"] if row["emergence_layer"] is not None]
     whose = record["settings"]["backbone"]
     latents = Latents(inputs, record["settings"]["top_k"], sae_folder, ids)
-    # the best matched are shown open, each latent once
-    best = {}
-    for row in sorted(matched, key=lambda row: -row["match"]):
-        best.setdefault((row["best_layer"], row["best_latent"]), row)
-    opened = list(best.values())[:OPEN]
-    others = [row for row in matched if row not in opened]
+    sections = []
+    for i, rows in enumerate(latents_of(record["hypernyms"], latents)):
+        sections.append(latents.section(rows, i < OPEN))
+    main = [row for row in record["claims"] if row["claim"] in MAIN_CLAIMS]
+    others = [row for row in record["claims"] if row["claim"] not in MAIN_CLAIMS]
+    columns = "claim", "verdict", "value", "permuted", "low", "high", "p_value"
+    names = {*pictures} - {*COLUMNS, *HISTORIES, "hierarchy", "picture", "by_units", "by_layer",
+                           "agreement"}
+    compared = {path.stem: path for path in (folder.parent.parent / "compare").glob("*.png")}
     parts = {
         "title": escape(title), "note": inputs.note,
         "whose": "this demo's small ViT" if whose == "demo" else escape(whose),
         "answer": "".join(f"<p>{escape(text)}</p>" for text in sentences),
-        "map": emergence_map(matched, inputs.layers),
-        "latents": "".join(latents.section(row, TILES) for row in opened),
-        "folded": "".join(latents.section(row, FEW) for row in others),
+        "picture": picture(record["hypernyms"], inputs.layers),
+        "latents": "".join(sections[:OPEN]), "folded": "".join(sections[OPEN:]),
         "why_no_maps": escape(latents.why_no_maps),
-        "no_training": "" if record["training"] else " hidden"}
-    for name, table in shown.items():
-        parts[name] = html_table(table)
-    for action in FIGURES:
-        name = action.__name__.removeprefix("draw_")
-        drawn = name in pictures
-        parts[f"{name}_figure"] = data_uri("png", pictures[name].read_bytes()) if drawn else ""
+        "main": plots(pictures, ["hierarchy"]),
+        "good": plots(pictures, [*HISTORIES, *COLUMNS]) + plots(compared, sorted(compared)),
+        "claims": "".join(f"<p>{escape(sentence_of_claim(row))}</p>" for row in main),
+        "other_claims": html_table([{key: row[key] for key in columns} for row in others]),
+        "others": plots(pictures, sorted(names)),
+        "probes": plots(pictures, ["by_units", "by_layer"]),
+        "agreement": plots(pictures, ["agreement"]),
+        "settings": escape(", ".join(f"{key} {value}" for key, value in record["settings"].items()
+                                     if value is not None))}
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     (folder / "report.html").write_text(page.substitute(parts), "utf-8", "backslashreplace")
 

@@ -1,5 +1,9 @@
 """Rows of tables: hierarchy.csv, latents.csv, hypernyms.csv."""
+from collections import Counter
+
 import numpy as np
+
+from metrics import heights_of_pairs
 
 
 def values_of(rows, column, **where):
@@ -24,21 +28,49 @@ def hierarchy_rows(dictionary, placed, controls):
     return rows, dict(zip(columns, draws.T))
 
 
+def terms_of(names):
+    """dog.n.01 -> dog; crane.n.04 -> crane (4), if there is another crane among the names."""
+    plain = [name.rsplit(".", 2)[0].replace("_", " ") for name in names]
+    often = Counter(plain)
+    return [text if often[text] == 1 else f"{text} ({int(name[-2:])})"
+            for text, name in zip(plain, names)]
+
+
+def tree_order(tree, nodes):
+    """Nodes (H,) as a tree is printed: (their order (H,), indents (H,)). Each stands below the
+    smallest of the others that is above it, as WordNet has several."""
+    leaves = tree.leaves[nodes].astype(int)
+    size = leaves.sum(1)
+    contains = (leaves @ leaves.T == size) & (size < size[:, None])  # [u, v]: u is above v
+    parent = np.where(contains, size[:, None], np.inf).argmin(0)
+    parent[~contains.any(0)] = -1
+    order = []
+    indents = []
+    pending = [(-1, -1)]
+    while pending:
+        h, indent = pending.pop()
+        if h >= 0:
+            order.append(h)
+            indents.append(indent)
+        below = np.flatnonzero(parent == h)
+        pending += [(child, indent + 1) for child in below[np.argsort(size[below], kind="stable")]]
+    return order, indents
+
+
 def hypernym_rows(placed, profile):
-    """Of a layer: every hypernym that can be found, the most general first, and the latent that was
+    """Of a layer: every hypernym that can be found, in the tree's order, and the latent that was
     chosen for it on half A, if any shows it."""
     tree = placed.tree
-    nodes = placed.hypernyms
     choice = placed.choice
-    sizes = tree.leaves.sum(1)
+    terms = terms_of(tree.names)
     rows = []
-    for h in np.lexsort((nodes, -sizes[nodes], -tree.height[nodes])):
-        v = nodes[h]
+    for h, indent in zip(*tree_order(tree, placed.hypernyms)):
+        v = placed.hypernyms[h]
         i = choice.latent[h]
-        row = {"wnid": tree.wnids[v], "name": tree.names[v], "classes": sizes[v],
-               "height": tree.height[v], "matched": choice.matched[h],
-               "best_latent": None, "match": 0.0, "lch": None, "top_images": [],
-               "responds_to": []}
+        row = {"wnid": tree.wnids[v], "name": tree.names[v], "term": terms[v], "indent": indent,
+               "classes": tree.leaves[v].sum(), "height": tree.height[v],
+               "matched": choice.matched[h], "best_latent": None, "match": 0.0, "lch": None,
+               "top_images": [], "responds_to": []}
         if i >= 0:
             latent = placed.latents[i]
             top_images = profile.top_images[latent, : profile.fires[latent]]
@@ -49,22 +81,43 @@ def hypernym_rows(placed, profile):
     return rows
 
 
+def height_rows(tree):
+    """How far apart two classes of a height are: an example of each, with one class if it can."""
+    heights = heights_of_pairs(tree, tree.height)
+    terms = terms_of([tree.names[v] for v in tree.classes])
+    anchor = max(range(len(heights)), key=lambda c: len(set(heights[c])))
+    rows = []
+    for height in sorted(set(heights.flat) - {0}):
+        pairs = np.argwhere(heights == height).tolist()
+        a, b = min(pairs, key=lambda pair: pair[0] != anchor)
+        rows.append({"height": height, "a": terms[a], "b": terms[b]})
+    return rows
+
+
 def matched_sets(layers):
     """`hypernym_rows` of L layers -> (L, H) bool, which are matched."""
     return np.array([[row["matched"] for row in rows] for rows in layers])
 
 
 def emergence_rows(layers):
-    """`hypernym_rows` by layer -> rows of hypernyms.csv: the layer in which a hypernym is first
-    matched, and its best latent in any layer."""
+    """`hypernym_rows` by layer -> rows of hypernyms.csv, with the layer in which each hypernym is
+    first matched, and whether the picture shows it: it is matched in a layer, or above one."""
+    matched = matched_sets(layers.values())
+    numbers = np.array(list(layers))
+    rows = next(iter(layers.values()))
+    shown = matched.any(0)
+    below = set()  # indents of what is shown further down
+    for h in reversed(range(len(rows))):
+        indent = rows[h]["indent"]
+        shown[h] |= indent + 1 in below
+        below.discard(indent + 1)
+        if shown[h]:
+            below.add(indent)
     merged = []
-    for rows in zip(*layers.values()):
-        by_layer = dict(zip(layers, rows))
-        matched = [layer for layer, row in by_layer.items() if row["matched"]]
-        shown = [layer for layer, row in by_layer.items() if row["best_latent"] is not None]
-        layer = max(matched or shown, key=lambda n: by_layer[n]["match"], default=None)
-        merged.append({**by_layer.get(layer, rows[0]), "best_layer": layer,
-                       "emergence_layer": min(matched, default=None)})
+    for layer, rows in layers.items():
+        for h, row in enumerate(rows):
+            first = numbers[matched[:, h]].min() if matched[:, h].any() else None
+            merged.append({"layer": layer, **row, "emergence_layer": first, "shown": shown[h]})
     return merged
 
 

@@ -92,6 +92,30 @@ def doubts(tables, layers):
     return [f"Beware, {text} {', '.join(where)}." for text, where in bad.items()]
 
 
+def last_layer_of(tables):
+    """(L0, hypernyms matched) of a run's SAEs in its last layer, means over seeds."""
+    last = tables["layers"][-1]["layer"]
+    where = {"layer": last, "dictionary": "sae", "tree": "wordnet"}
+    matched = values_of(tables["hierarchy"], "hypernyms_matched", **where).mean()
+    return values_of(tables["layers"], "l0", layer=last).mean(), matched
+
+
+def as_kin(tables, value):
+    """A height in words: two classes that far apart."""
+    row = min(tables["heights"], key=lambda row: abs(row["height"] - value))
+    return f"as {row['a']} and {row['b']} ({row['height']})"
+
+
+def check_of_demo(tables, last):
+    """Whether what is planted in the demo was found."""
+    where = {"layer": last, "tree": "wordnet"}
+    rows = tables["hierarchy"]
+    sae, untrained = (values_of(rows, "hypernyms_matched", **where, dictionary=name).mean()
+                      for name in ("sae", "untrained"))
+    passed = tables["claims"][0]["verdict"] == "holds" and sae > 2 * untrained
+    return f"Check {'passed' if passed else 'FAILED'}."
+
+
 def findings(tables, layers):
     """What was found, in sentences: each number beside its value under permuted trees."""
     first = layers[0]
@@ -104,38 +128,52 @@ def findings(tables, layers):
     def beside(*where):
         return f"{mean(MAIN, *where):.3g} (permuted {mean(MAIN, *where, tree='permuted'):.3g})"
 
+    # how many general terms have a latent of their own, and at which sparsity
+    terms = [row for row in tables["hypernyms"] if row["layer"] == last]
+    matched = sorted((row for row in terms if row["matched"]), key=lambda row: -row["classes"])
+    examples = ", ".join(row["term"] for row in matched[:3])
+    column = "hypernyms_matched"
+    by_chance = mean(column, tree="permuted")
+    l0, count = last_layer_of(tables)
+    sentences = [
+        f"{count:.3g} of {len(terms)} general terms ({examples or 'none'} ...) have a latent of "
+        f"their own in the last layer, confirmed on images it was not chosen on; by chance "
+        f"{by_chance:.2g}, in an untrained SAE {mean(column, last, 'untrained'):.3g}. That is at "
+        f"{l0:.3g} active latents per image (L0)."]
+    others = sorted(tables["others"]["(L0, matched)"])
+    if others:
+        counts = [count for _, count in others]
+        sentences[0] += (f" At the other settings tried, with an L0 of {others[0][0]:.3g} to "
+                         f"{others[-1][0]:.3g}, it is {min(counts):.3g} to {max(counts):.3g}.")
+    # how closely related the classes of a latent are
     main, grows = tables["claims"][:2]
     answer = {"holds": "the hierarchy is there", "open": "it cannot be told from chance",
               "contradicted": "related classes lie further apart than by chance"}
     answer = answer.get(main["verdict"], main["verdict"])
-    sentences = [
-        f"Two of a latent's top images, of different classes, meet {main['value']:.3g} edges up in "
-        f"the last layer, {main['permuted']:.3g} under permuted trees (p = {main['p_value']:.2g}): "
-        f"{answer}. The untrained SAE has {beside(last, 'untrained')}, raw neurons "
-        f"{beside(last, 'neurons')}."]
+    spread = mean(MAIN, tree="permuted_sd") or np.nan
+    sentences.append(
+        f"Two of a latent's top images, of different classes, are {main['value']:.3g} edges apart "
+        f"in the last layer, {as_kin(tables, main['value'])}; under permuted trees "
+        f"{main['permuted']:.3g}, {as_kin(tables, main['permuted'])}, "
+        f"{abs(main['permuted'] - main['value']) / spread:.2g} standard deviations away (p = "
+        f"{main['p_value']:.2g}): {answer}. The untrained SAE has {beside(last, 'untrained')}, raw "
+        f"neurons {beside(last, 'neurons')}.")
+    count, latents = in_the_mean(tables, last)
+    fvu = values_of(tables["layers"], "fvu", layer=last).mean()
+    sentences.append(f"That is a mean over {count:.0f} of {latents:.0f} latents; the SAE leaves "
+                     f"{fvu:.0%} of the variance unexplained (FVU).")
     if first < last:
-        pairwise = "lch_height_pairwise"
-        fall = mean(pairwise, first) - mean(pairwise)
-        by_chance = mean(pairwise, first, tree="permuted") - mean(pairwise, tree="permuted")
-        sentences += [
+        sentences.append(
             f"In the first layer it is {beside(first)}. From the first third of the "
             f"layers to the last, the hierarchy's part grows by {grows['value']:.3g} edges: "
-            f"{grows['verdict']}.",
-            f"Over all pairs of top images LCH height falls by {fall:.3g} edges, under permuted "
-            f"trees by {by_chance:.3g}: that part is latents becoming class-specific."]
-    count, latents = in_the_mean(tables, last)
-    fvu, l0 = (values_of(tables["layers"], key, layer=last).mean() for key in ("fvu", "l0"))
-    sentences.insert(1, f"That is a mean over {count:.0f} of {latents:.0f} latents of an SAE that "
-                        f"has {l0:.3g} active per image (L0) and leaves {fvu:.0%} of the variance "
-                        "unexplained (FVU).")
-    beware = doubts(tables, layers)
-    sentences += beware
-    if tables["settings"]["backbone"] == "demo":
-        planted = tables["hypernyms"]
-        found = sum(row["emergence_layer"] is not None for row in planted)
-        passed = main["verdict"] == "holds" and not beware
-        sentences.insert(0, f"Check {'passed' if passed else 'FAILED'}: {found} of {len(planted)} "
-                            "planted hypernyms were found in some layer.")
+            f"{grows['verdict']}.")
+    sentences += doubts(tables, layers)
+    backbone = tables["settings"]["backbone"]
+    if backbone != "dinov2_vitg14" or tables["classes"] < 1000:
+        sentences.append(f"Not run here: the paper's job, dinov2_vitg14 on ImageNet-1k; this is "
+                         f"{backbone} on {tables['classes']} classes.")
+    if backbone == "demo":
+        sentences.insert(0, check_of_demo(tables, last))
     return sentences
 
 

@@ -9,7 +9,15 @@ from conftest import imagenet1k
 
 import metrics
 from kit.readings import readings
-from kit.rows import emergence_rows, hypernym_rows, latent_rows, matched_sets
+from kit.rows import (
+    emergence_rows,
+    height_rows,
+    hypernym_rows,
+    latent_rows,
+    matched_sets,
+    terms_of,
+    tree_order,
+)
 from metrics import (
     Placed,
     Profile,
@@ -512,24 +520,47 @@ def test_probe_on_separable_and_on_random_labels(tmp_path):
     )  # luck: a majority's label
 
 
-def test_emergence():
-    """A dog is matched from layer 4 on, a carnivore in 2 and 6, a fish in none."""
-    matches = {2: (0, 0.6, 0), 4: (0.7, 0.5, 0), 6: (0.9, 0.8, 0)}
+def test_emergence_and_what_the_picture_shows():
+    """A dog is matched from layer 4 on, a cat below a carnivore in 2, a fish in none."""
+    terms = ("carnivore", 0, ""), ("dog", 1, "46"), ("cat", 1, "2"), ("animal", 0, ""), ("fish", 1, "")
     layers = {}
-    for layer, values in matches.items():
+    for layer in (2, 4, 6):
         layers[layer] = [
-            {"name": name, "match": match, "matched": match > 0.5, "best_latent": latent}
-            for name, match in zip(("dog", "carnivore", "fish"), values)
-            for latent in [10 * layer if match else None]
+            {"name": name, "indent": indent, "matched": str(layer) in matched}
+            for name, indent, matched in terms
         ]
     rows = emergence_rows(layers)
-    keys = "name", "emergence_layer", "best_layer", "best_latent", "match"
-    assert [[row[key] for key in keys] for row in rows] == [
-        ["dog", 4, 6, 60, 0.9],
-        ["carnivore", 2, 6, 60, 0.8],
-        ["fish", None, None, None, 0],
+    assert [row["layer"] for row in rows[::5]] == [2, 4, 6]
+    for start in (0, 5, 10):
+        assert [row["emergence_layer"] for row in rows[start : start + 5]] == [None, 4, 2, None, None]
+        assert [row["shown"] for row in rows[start : start + 5]] == [True, True, True, False, False]
+    assert matched_sets(layers.values()).sum(1).tolist() == [1, 1, 1]
+
+
+def test_the_trees_order_and_terms():
+    """Each hypernym stands below the smallest that is above it, as in a loop over all."""
+    tree = Taxonomy.from_wnids(imagenet1k()[::7])
+    nodes = tree.hypernyms_to_find
+    order, indents = tree_order(tree, nodes)
+    assert sorted(order) == list(range(len(nodes))) and indents[0] == 0
+    sets = [set(np.flatnonzero(tree.leaves[v])) for v in nodes]
+    for place, (h, indent) in enumerate(zip(order, indents)):
+        above = [u for u in range(len(nodes)) if sets[u] > sets[h]]
+        if indent == 0:
+            assert not above
+        else:
+            earlier = [i for i in range(place) if indents[i] == indent - 1]
+            assert len(sets[order[earlier[-1]]]) == min(len(sets[u]) for u in above)
+            assert sets[order[earlier[-1]]] > sets[h]
+    assert terms_of(["dog.n.01", "crane.n.04", "crane.n.05", "car.n.01"]) == [
+        "dog",
+        "crane (4)",
+        "crane (5)",
+        "car",
     ]
-    assert matched_sets(layers.values()).sum(1).tolist() == [1, 1, 2]
+    for row in height_rows(tree):
+        a, b = (terms_of([tree.names[v] for v in tree.classes]).index(row[key]) for key in "ab")
+        assert tree.height[tree.pair_lch[a, b]] == row["height"]
 
 
 def test_kappa_by_brute_force():
@@ -547,7 +578,7 @@ def test_rows_of_latents_and_of_hypernyms(small_tree):
     profile = hand_made(small_tree, ["d1", "d2", "d1", "d1"], {"d1": 1, "d2": 0.6})
     placed = place(profile, small_tree, k=4)
     rows = {row["wnid"]: row for row in hypernym_rows(placed, profile)}
-    assert list(rows) == ["animal", "thing", "cat", "dog"]
+    assert list(rows) == ["animal", "dog", "cat", "thing"]
     dog = rows["dog"]
     assert (dog["best_latent"], dog["match"], dog["matched"], dog["lch"]) == (0, 1, True, "dog")
     assert dog["top_images"].tolist() == [0] * 4 and dog["responds_to"].tolist() == [0, 1]

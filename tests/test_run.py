@@ -63,8 +63,8 @@ def test_whole_run(data, hub, capsys):
         "statistic",
         "training": "layer seed step loss reconstruction sparsity l0 dead",
         "latents": "layer seed latent fires lch lch_height_between hypernym match classes",
-        "hypernyms": "wnid name classes height matched best_latent match lch top_images "
-        "responds_to best_layer emergence_layer",
+        "hypernyms": "layer wnid name term indent classes height matched best_latent match lch "
+        "top_images responds_to emergence_layer shown",
         "consistency": "layer_a layer_b seed kappa",
     }
     for name, expected in columns.items():
@@ -153,7 +153,7 @@ def test_report_is_one_safe_file(data, hub, tmp_path, monkeypatch):
     assert targets and all(f'id="{target}"' in text for target in targets)
     images = re.findall("<img [^>]*>", text)
     assert len(images) >= 3 and all("alt=" in image for image in images)
-    for name in ("layers", "hierarchy", "probes", "training"):
+    for name in ("fvu", "hierarchy", "picture", "by_units", "loss", "agreement"):
         for ending in ("png", "pdf"):
             assert os.path.getsize(folder / f"figures/{name}.{ending}") > 3000
 

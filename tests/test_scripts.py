@@ -71,7 +71,8 @@ def test_other_libraries_on_the_same_tokens(data, hub, work, monkeypatch, capsys
     assert capsys.readouterr().out.count("| SAELens |") == 4 and Path("peers.png").exists()
 
 
-FIGURES = ("sparsity.png", "sparsity.pdf", "layers.png", "layers.pdf")
+NAMES = ("fvu", "height", "matched", "one_unit", "layers")
+FIGURES = [f"{name}{ending}" for name in NAMES for ending in (".png", ".pdf")]
 
 
 def test_walkthrough(data, hub, work, monkeypatch, capsys):
@@ -79,8 +80,8 @@ def test_walkthrough(data, hub, work, monkeypatch, capsys):
     text = path.read_text()
     for given, small in (
         ("LAYER = 11", "LAYER = 2"),
-        ("IMAGES = 50", "IMAGES = 12"),
-        ("STEPS = 1500", "STEPS = 60"),
+        ('"train": 40, "val": 10', '"train": 12, "val": 20'),
+        ("STEPS = 3000", "STEPS = 60"),
         ('OUT = ROOT / f"walk', 'OUT = Path() / f"walk'),
     ):
         assert text.count(given) == 1
@@ -92,7 +93,7 @@ def test_walkthrough(data, hub, work, monkeypatch, capsys):
     exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": str(path)})
     said = capsys.readouterr().out
     assert "FVU" in said and "height between classes" in said and "a permuted tree" in said
-    assert list(Path("walkthrough").glob("data-small_vit-12/latent.png"))
+    assert list(Path("walkthrough").glob("data-small_vit/latent.png"))
 
 
 def test_the_notebook_is_made_of_the_script():

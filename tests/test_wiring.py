@@ -1,19 +1,26 @@
 """What closed forms do not see: which numbers meet which, in training, scores, claims, figures."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import imagenet1k
 from matplotlib.figure import Figure
+from PIL import Image
 from test_hooks import Images
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
 import sae as sae_module
-from dinov2_hooks import class_tokens, finish, record
+from dinov2_hooks import class_tokens, eval_transform, finish, record
 from kit import figures, scores
 from kit.claims import claims_of
+from kit.data import Split
 from kit.demo import SmallViT
+from kit.report import write_page
+from kit.rows import terms_of
 from metrics import METRICS
 from reproduce import parse_settings, trainings_of
 from sae import ActivationBuffer, SparseAutoencoder, Training, train_sae
@@ -273,12 +280,12 @@ def test_claims_of_scores_made_by_hand():
 def made_tables():
     """hierarchy, probes, layers: every number of its own."""
     rng = np.random.default_rng(0)
-    tables = {"hierarchy": [], "probes": [], "layers": [], "training": []}
+    tables = {"hierarchy": [], "probes": [], "layers": [], "training": [], "heights": []}
     for layer in (0, 4, 9):
         for seed in (0, 1):
             where = {"layer": layer, "seed": seed}
             values = rng.random(9).tolist()
-            tables["layers"].append(where | dict(zip(figures.PANELS, values)))
+            tables["layers"].append(where | dict(zip(figures.COLUMNS, values)))
             for name in ("sae", "untrained", "neurons", "token"):
                 for tree in ("wordnet", "permuted", "permuted_sd"):
                     row = where | {"dictionary": name, "tree": tree}
@@ -289,11 +296,12 @@ def made_tables():
     return tables
 
 
-def drawn(action, tables):
-    """{label: y-data} of each axis of a figure."""
-    figure = Figure()
-    action(figure, tables, [0, 4, 9])
-    return [[line.get_ydata() for line in axis.lines] for axis in figure.axes]
+def drawn(name, tables):
+    """y-data of the lines of a figure."""
+    axis = Figure().subplots()
+    _, action, *more = figures.all_figures()[name]
+    action(axis, tables, [0, 4, 9], *more)
+    return [line.get_ydata() for line in axis.lines]
 
 
 def over(rows, column, key, points, **where):
@@ -310,12 +318,12 @@ def test_lines_of_figures_are_the_tables():
     rows, layers = tables["hierarchy"], [0, 4, 9]
     others = [name for name, metric in METRICS.items() if metric.better]
     others.remove("lch_height_between")
-    pages = drawn(figures.draw_hierarchy, tables) + drawn(figures.draw_metrics, tables)
-    for column, lines in zip(["lch_height_between", *others], pages, strict=True):
+    for column in ("lch_height_between", *others):
+        lines = drawn(column if column in others else "hierarchy", tables)
         kinds = [(name, "wordnet") for name in ("sae", "untrained", "neurons")]
         for (name, tree), line in zip([*kinds, ("sae", "permuted")], lines, strict=True):
             assert line == over(rows, column, "layer", layers, dictionary=name, tree=tree)
-    few, depth = drawn(figures.draw_probes, tables)
+    few, depth = drawn("by_units", tables), drawn("by_layer", tables)
     few = [line for line in few if len(line) == 3]
     kinds = [(n, t) for t in ("wordnet", "permuted") for n in ("sae", "untrained", "neurons")]
     for (name, tree), line in zip(kinds, few, strict=True):
@@ -325,5 +333,53 @@ def test_lines_of_figures_are_the_tables():
     for (name, tree), line in zip(kinds, depth, strict=True):
         where = {"dictionary": name, "tree": tree, "units": 1}
         assert line == over(tables["probes"], "iou", "layer", layers, **where)
-    for column, (line,) in zip(figures.PANELS, drawn(figures.draw_layers, tables), strict=True):
+    for column in figures.COLUMNS:
+        (line,) = drawn(column, tables)
         assert line == over(tables["layers"], column, "layer", layers)
+
+
+# ---------------------------------------------------------------- page
+
+
+def test_the_page_shows_the_latent_of_the_row(tmp_path, monkeypatch):
+    """Whose map, of which layer; tiles in the order of the top images; what is outside."""
+    under = TREE.hypernyms_to_find[0]
+    inside, outside = (np.flatnonzero(TREE.leaves[under] == is_under) for is_under in (1, 0))
+    labels = np.repeat([inside[0], outside[0], inside[1]], 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    val = Split(tmp_path, ["a.png"] * 6, labels)
+    inputs = SimpleNamespace(
+        model=SmallViT(classes=2, size=16, patch=4, width=6, depth=3, heads=2),
+        transform=eval_transform(16, 16), val=val, tree=TREE, layers=[1, 2], note="")  # fmt: skip
+    for layer in (1, 2):
+        SparseAutoencoder(6, 10, about=layer).save_pretrained(tmp_path / f"layer_{layer:02d}")
+    rows = []
+    for layer, match in ((1, 0.6), (2, 0.9)):
+        rows.append({
+            "layer": layer, "wnid": TREE.wnids[under], "term": "the term", "indent": 0,
+            "classes": 2, "matched": True, "best_latent": 3 + layer, "match": match, "shown": True,
+            "top_images": [4, 2, 0], "responds_to": [inside[0], outside[0]], "emergence_layer": 1,
+        })  # fmt: skip
+    looked = []
+
+    def maps(model, images, layer, score):
+        sae = SparseAutoencoder.from_pretrained(tmp_path / f"layer_{layer:02d}")
+        x = torch.randn(200, 6)
+        z = sae.encode(x)
+        looked.append((layer, [i for i in range(10) if torch.equal(z[:, i], score(x))]))
+        return torch.rand(len(images), 4, 4)
+
+    monkeypatch.setattr("kit.report.relevancy_maps", maps)
+    settings = {"backbone": "vit", "top_k": 3}
+    record = {"settings": settings, "hypernyms": rows, "claims": [dict.fromkeys(
+        ("claim", "verdict", "value", "permuted", "low", "high", "p_value"), "a claim")]}  # fmt: skip
+    write_page(tmp_path, "title", inputs, record, tmp_path, np.arange(6), {}, ["answer"], {})
+    text = (tmp_path / "report.html").read_text()
+    assert set(map(str, looked)) == {"(2, [5])"}  # the layer of the best match, its latent
+    names = terms_of([TREE.names[v] for v in TREE.classes])
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    first, other, second = (names[c] for c in (inside[0], outside[0], inside[1]))
+    assert captions == [second, f"✗ {other}", first]
+    assert "the term: 2 of 3 top images" in text
+    assert f"Responds to: {first}. Outside the term: {other}." in text
+    assert len(re.findall('class="c[58] m"', text)) == 2
