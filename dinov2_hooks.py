@@ -117,7 +117,7 @@ def eval_transform(resize=None, crop=224, interpolation="bicubic", mean=(0.485, 
 
 def transform_of(model):
     """The transform that the model asks for in `pretrained_cfg`, a dict as timm's models have it;
-    DINOv2's where it says nothing.
+    DINOv2's if it says nothing.
 
     timm's dict describes timm's weights: a model with other weights in it may need another.
     """
@@ -150,7 +150,7 @@ def check_mode(model):
 
 
 def refuse_chance(tokens, again):
-    """Raises BackboneError where two passes over the same images differ by more than rounding."""
+    """Raises BackboneError if two passes over the same images differ by more than rounding."""
     if (tokens - again).norm() > 0.005 * tokens.norm():
         raise BackboneError("the backbone gives the same images other tokens each time: turn off "
                             "its dropout, or whatever else is random in it")
@@ -173,7 +173,7 @@ def class_token_of(output):
 
 @torch.inference_mode()
 def check_class_token(model, image, layers):
-    """Raises BackboneError where token 0 of a layer does not follow the model's `cls_token`: in
+    """Raises BackboneError if token 0 of a layer does not follow the model's `cls_token`: in
     CaiT and XCiT, say, the class token joins later, and token 0 is a patch."""
     before = model.cls_token.clone()
     tokens = class_tokens(model, image[None], layers)
@@ -211,7 +211,7 @@ def class_tokens(model, images, layers, precision="float32"):
             model(images)
     except (RuntimeError, AssertionError) as error:
         if entered or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
-            raise  # a bug inside a block, or of the device, is no matter of the images
+            raise  # a bug inside a block, or of the device, is not a matter of the images
         raise BackboneError(f"the backbone does not take images of {tuple(images.shape)}, "
                             f"{images.dtype} ({error}); another --transform makes others"
                             ) from error
@@ -244,7 +244,7 @@ def part_path(folder, layer):
 
 def read_part(path):
     """(tokens, mapped (rows, width); marks (rows,)), of which there are none in a file that is
-    finished but for its name. Raises ImageError where it is damaged."""
+    finished but for its name. Raises ImageError if it is damaged."""
     try:
         tokens = np.load(path, mmap_mode="r")
         marks = np.fromfile(path, np.uint8, offset=tokens.offset + tokens.nbytes)
@@ -367,7 +367,7 @@ def record(model, images, folder, layers, precision="float32", workers=0, rank=0
 
 def finish(folder, layers):
     """After all processes: layer_NN.part -> layer_NN.npy, without the rows of unreadable images,
-    whose numbers are in left_out.json. Raises ImageError where a row is missing, no image could be
+    whose numbers are in left_out.json. Raises ImageError if a row is missing, no image could be
     read, or others than for earlier layers."""
     noted = Path(folder, "left_out.json")
     for layer in layers:
@@ -436,7 +436,7 @@ def relevancy_maps(model, images, layer, score):
     Gradient-weighted attention rollout (Chefer, Gur, Wolf 2021, "Generic Attention-model
     Explainability", eqs. 5 and 6): R = I, and for every block from 0 to `layer`
     R += mean over heads of relu(dscore/dA * A) @ R, with A (B, heads, N, N) the block's attention.
-    The map is the class token's row of R over the patches: at least 0, all 0 where score is flat.
+    The map is the class token's row of R over the patches: at least 0, all 0 if the score is flat.
     Raises BackboneError unless there is one plain softmax attention per block, and one token per
     output of the convolution in the model's patch_embed, after all others.
     """

@@ -72,7 +72,7 @@ def as_labels(labels, rows, classes):
 @torch.inference_mode()
 def profile_latents(encode, batches, labels, classes):
     """One pass over batches of tokens (B, n) in the order of the labels (N,); memory O(m (B + C)).
-    Raises ValueError where N is not the number of tokens."""
+    Raises ValueError if N is not the number of tokens."""
     labels = as_labels(labels, len(labels), classes)
     halves = every_other(labels)
     cells = classes * halves + labels  # a half and a class
@@ -168,7 +168,7 @@ def mean_of(values):
 
 
 def leaves_of(tree, nodes, device="cpu"):
-    """(len(nodes), C) float, 1 where the class is at or below the node."""
+    """(len(nodes), C) float, 1 if the class is at or below the node."""
     return torch.from_numpy(tree.leaves[nodes]).to(device, torch.float32)
 
 
@@ -179,7 +179,7 @@ class Responses(NamedTuple):
     latents: Tensor  # (A,) int
     top: Tensor  # (A, k) int, the classes of the top images
     shown: Tensor  # (A, C) how many of the top images are of a class
-    responds: Tensor  # (A, C) 1 where the latent responds to the class
+    responds: Tensor  # (A, C) 1 if the latent responds to the class
     shown_A: Tensor  # (A, C) as shown, by half A's own top images, on which it fires
     responds_A: Tensor  # (A, C)
     responds_B: Tensor  # (A, C)
@@ -220,7 +220,7 @@ def heights_of_pairs(tree, height):
 
 def over_pairs(top, value):
     """((A,), (A,)) mean of value (C, C) over pairs of the top images, classes (A, k): over all, and
-    over pairs of two classes, NaN where there is none."""
+    over pairs of two classes, NaN if there is none."""
     first, second = torch.triu_indices(top.shape[1], top.shape[1], 1, device=top.device)
     a = top[:, first]
     b = top[:, second]  # (A, pairs)
@@ -283,7 +283,7 @@ class Placed:
         shows = responses.shown_A @ leaves.T > responses.shown_A.sum(1, keepdim=True) / 2
         match_A = jaccard(responses.responds_A, leaves) * shows  # (A, H)
         match_B = jaccard(responses.responds_B, leaves)
-        # a first row and column of zeros is what is chosen where no latent shows a hypernym
+        # a first row and column of zeros is what is chosen if no latent shows a hypernym
         match_A, match_B = (pad(x, (1, 0, 1, 0)).cpu().numpy() for x in (match_A, match_B))
         latent = match_A.argmax(0)
         node = match_A.argmax(1)
@@ -422,7 +422,7 @@ def relate(encode, read, profile, placed, k=16):
 
 def kappa(matched):
     """Consistency: Cohen's kappa of every two layers' hypernyms matched, (L, H) bool -> (L, L).
-    Agreement beyond what sets of these sizes have by chance; NaN where a set is empty or full."""
+    Agreement beyond what sets of these sizes have by chance; NaN if a set is empty or full."""
     share = matched.mean(1)
     expected = np.outer(share, share) + np.outer(1 - share, 1 - share)
     agreement = (matched[:, None] == matched).mean(2)

@@ -7,7 +7,7 @@
 
 Four stages; the first three take what is already in the output folder:
     1. images -> class tokens of every asked-for layer    tokens/{train,val}/layer_NN.npy
-    2. class tokens -> one sparse autoencoder a layer     saes/<settings>-<hash>/layer_NN/
+    2. class tokens -> one sparse autoencoder per layer   saes/<settings>-<hash>/layer_NN/
     3. latents -> reconstruction, probes, hierarchy       scores/<settings>-<hash>/layer_NN.json
     4. scores -> tables, claims, figures, report          results/<settings>-<hash>/
 
@@ -156,7 +156,7 @@ def check_tokens(settings, inputs, folder):
         if key == "code" and not any(missing_layers(folder / split, inputs.layers)
                                      for split in SPLITS):
             print(f"      the code has changed since {folder} was recorded: delete that folder to "
-                  "record anew")
+                  "record them again")
             made["code"] = known["code"]
             continue
         raise InputError(f"the class tokens in {folder} were recorded with other {key}: "
@@ -211,7 +211,7 @@ def record_tokens(settings, inputs, folder, made):
 
 
 def check_rows(path, rows):
-    """Raises InputError where a file of tokens is cut short, or has other rows."""
+    """Raises InputError if a file of tokens is cut short, or has other rows."""
     try:
         intact = len(np.load(path, mmap_mode="r")) == rows
     except (ValueError, EOFError):

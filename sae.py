@@ -36,7 +36,7 @@ SAE_FILES = ("config.json", "model.safetensors")  # what an SAE is, in its folde
 
 
 class SAEError(ValueError):
-    """Tokens or settings that no SAE can be trained with; no SAE where one was asked for."""
+    """Tokens or settings that no SAE can be trained with; no SAE if one was asked for."""
 
 
 class Statistics(NamedTuple):
@@ -162,7 +162,7 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin, license="mit"):
         """An SAE ready to use, from a folder or the Hub's USER/NAME; no pickle is read.
 
         options  of huggingface_hub's snapshot_download: revision, token, cache_dir ...
-        Raises SAEError where there is none or a damaged one, and huggingface_hub's errors.
+        Raises SAEError if there is none or a damaged one, and huggingface_hub's errors.
         """
         if not Path(name).is_dir():
             wanted = [f"{subfolder}/{file}".lstrip("/") for file in SAE_FILES]
@@ -286,7 +286,7 @@ def train_sae(buffer, settings, statistics=None, about=None, title="SAE"):
     reconstruction and sparsity (as in `Loss`, with λ as it is after the warm-up), l0 (active
     latents per token), dead (share of latents that fire on none of the window's tokens).
 
-    Raises SAEError where a batch is larger than the data, tokens are not finite or all the same,
+    Raises SAEError if a batch is larger than the data, tokens are not finite or all the same,
     training diverges.
     """
     sae = new_sae(statistics or buffer.statistics(), settings, about).to(buffer.device)

@@ -48,7 +48,7 @@ class Taxonomy:
     classes: Array
     """(C,) int, the node of each class"""
     leaves: Array
-    """(V, C) bool, True where the class is at or below the node: the ancestor matrix"""
+    """(V, C) bool, True if the class is at or below the node: the ancestor matrix"""
     height: Array
     """(V,) int, edges on the longest path from the node down to a class; 0 with none below"""
     height_shortest: Array
@@ -62,7 +62,7 @@ class Taxonomy:
     def from_wnids(cls, wnids):
         """The taxonomy of some classes, from the shipped graph, else from NLTK's WordNet.
 
-        Raises TaxonomyError for a wnid that is none or unknown, and where WordNet cannot be had.
+        Raises TaxonomyError for a wnid that is none or unknown, and if WordNet cannot be had.
         """
         graph = read_graph(SHIPPED) if SHIPPED.exists() else {}
         wnids = list(wnids)
@@ -175,7 +175,7 @@ def read_graph(path):
 
 
 def wordnet_graph(wnids):
-    """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError where it lacks one."""
+    """All nodes at or above `wnids` in NLTK's WordNet 3.0; TaxonomyError if it lacks one."""
     wordnet = _wordnet()
     graph = {}
     pending = list(wnids)
@@ -196,7 +196,7 @@ def wordnet_graph(wnids):
 
 
 def _wordnet():
-    """NLTK's WordNet, downloaded on first use; TaxonomyError where it cannot be had."""
+    """NLTK's WordNet, downloaded on first use; TaxonomyError if it cannot be had."""
     import nltk  # takes a second, and is needed for wnids outside ImageNet-1k only
     from nltk.corpus import wordnet
 

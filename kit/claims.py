@@ -57,7 +57,7 @@ def p_values(scores, column):
     value = score_of(scores, column)[..., None]
     draws = METRICS[column].better * gather(scores, "permuted_draws", column)  # (L, S, D)
     as_good = ~(draws < value)
-    as_bad = ~(draws > value)  # where a score is NaN, both
+    as_bad = ~(draws > value)  # if a score is NaN, both
     return tuple((1 + trees.sum(2)) / (1 + trees.shape[2]) for trees in (as_good, as_bad))
 
 
@@ -92,8 +92,8 @@ def row_of(claim, statistic, values, verdict, about_hierarchy=True, **more):
 
 
 def over_the_seeds(claim, statistic, values, first=True, last=True):
-    """Is a difference above 0 in the mean over seeds? Only where the hierarchy is there, in the
-    `last` layer; it is below 0 only where it is there in the `first`."""
+    """Is a difference above 0 in the mean over seeds? Only if the hierarchy is there, in the
+    `last` layer; it is below 0 only if it is there in the `first`."""
     if len(values) < FEWEST_SEEDS:
         return row_of(claim, statistic, values, "needs --seeds 3")
     low, high = t_interval(values)

@@ -39,7 +39,7 @@ def find_images(data, images_per_class=None):
 
     Layouts: train/ and val/ of wnid folders, images at any depth inside; a flat val/ with Kaggle's
     or Tiny ImageNet's list; wnid folders alone, or train/ alone, of which a fixed 10% of each class
-    is held out. Raises InputError where it is none of these.
+    is held out. Raises InputError if it is none of these.
     """
     root = Path(data).expanduser()
     if not root.is_dir():
@@ -70,7 +70,7 @@ def find_images(data, images_per_class=None):
         print(f"      no val/ beside {train_root}: a fixed 10% of each class is held out")
         for wnid, names in train.items():
             if len(names) < 2:
-                raise InputError(f"--data {data}: class {wnid} has one image; two are needed where "
+                raise InputError(f"--data {data}: class {wnid} has one image; two are needed if "
                                  "there is no val/, as one is held out")
             order = rng.permutation(len(names))
             held_out = max(1, round(len(names) / 10))
@@ -130,7 +130,7 @@ def images_by_class(folder):
 
 
 def refuse_links(train_root, train, val_root, val):
-    """Raises InputError where val is a link to train, and so would be scored on its own training
+    """Raises InputError if val is a link to train, and so would be scored on its own training
     images; of copies it is said. The first image of each class tells."""
     copies = []
     for wnid, names in val.items():
@@ -199,7 +199,7 @@ def read_image(path):
 
 
 class Decoded(torch.utils.data.Dataset):
-    """Image i -> (tensor (3, H, W), why it could not be read: "" where it could)."""
+    """Image i -> (tensor (3, H, W), why it could not be read: "" if it could)."""
 
     def __init__(self, split, transform):
         self.split = split

@@ -144,7 +144,7 @@ def folder_of(out):
 
 def open_demo(out, normalise):
     """The ViT, and beside it images/{train,val}/<wnid>/000.png ...; made unless they are there.
-    Raises InputError where they are damaged."""
+    Raises InputError if they are damaged."""
     folder = folder_of(out)
     letters = class_letters(Taxonomy.from_wnids(CLASSES))
     bitmaps = letter_bitmaps()

@@ -63,7 +63,7 @@ def lock(out):
 
 
 def check_disk(folder, needed):
-    """Say what is to be written and what is free; raises InputError where it does not fit."""
+    """Say what is to be written and what is free; raises InputError if it does not fit."""
     free = shutil.disk_usage(folder).free
     about = f"{needed / 1e9:.2f} GB to write to {folder}, {free / 1e9:.2f} GB free"
     print(f"      {about}")

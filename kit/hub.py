@@ -13,7 +13,7 @@ tags: [sparse-autoencoder, vision, hierarchy]
 ---
 # Sparse autoencoders of class tokens: {title}
 
-{note} One SAE a layer, of the class token after each block, from the reproduction kit of *Analyzing
+{note} One SAE per layer, of the class token after each block, from the reproduction kit of *Analyzing
 Hierarchical Structure in Vision Models with Sparse Autoencoders* (arXiv 2505.15970); not by the
 paper's authors.
 

@@ -2,7 +2,7 @@
 
 Beside each artefact lies made_of.json, with all that its content depends on. A hash of it is in the
 folder's name, behind the settings that are not the defaults: what is made of something else has
-another name and is made anew, and nothing takes another's place.
+another name and is recomputed, and nothing takes another's place.
 
 Class tokens take hours and have one folder. Other weights, images, transform or precision than in
 their made_of.json stop the run, which says what to put back or delete. So does other code
@@ -67,7 +67,7 @@ def files_of(folder, names):
 
 
 def read_json(path):
-    """Raises InputError where it is damaged."""
+    """Raises InputError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -61,7 +61,7 @@ class Units:
 
 def best_threshold(values, under):
     """The t for which {values (N,) >= t} has the largest IoU with the images under (N,), bool. It
-    is the value of one of these; infinite where there is none."""
+    is the value of one of these; infinite if there is none."""
     everything = sort_rows(values[None])[0]
     candidates = sort_rows(values[under][None])[0]
     if len(candidates) == 0:
@@ -132,7 +132,7 @@ def hits_of(fitted, units, buffer, labels, classes):
 
 def iou_of(hits, images, leaves, drawn):
     """IoU by hypernym: hits (H, C), images (C,), leaves (H, C), and how often each class is drawn
-    in each draw of a bootstrap (C, D) -> (H, D); NaN where no class of the hypernym is drawn."""
+    in each draw of a bootstrap (C, D) -> (H, D); NaN if no class of the hypernym is drawn."""
     both = (hits * leaves) @ drawn
     under = (images * leaves) @ drawn
     either = hits @ drawn + under - both

@@ -59,7 +59,7 @@ def start_ranks(settings):
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"the {ranks} processes of torchrun do not find one another ({reason}): "
-                         "start them anew, or unset RANK and WORLD_SIZE") from error
+                         "start them again, or unset RANK and WORLD_SIZE") from error
     # what they do between two barriers may take days
     AT_WORK.append(torch.distributed.new_group(timeout=timedelta(days=30)))
 
@@ -68,7 +68,7 @@ def start_ranks(settings):
 
 
 def sentence_of(error):
-    """What a user can do about an error that is no bug; None for one that is."""
+    """What a user can do about an error that is not a bug; None for one that is."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     memory = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, MemoryError) or any(words in str(error) for words in memory):

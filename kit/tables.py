@@ -32,7 +32,7 @@ def markdown(rows):
 
 
 def over_seeds(values):
-    """mean ± standard deviation; the mean alone where all agree."""
+    """mean ± standard deviation; the mean alone if all agree."""
     spread = np.std(values)
     text = cell(np.mean(values))
     return f"{text} ± {spread:.3g}" if spread > 1e-6 else text

@@ -198,7 +198,7 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
 
 
 def test_the_linear_probe_is_fitted_once_a_layer(data, hub, monkeypatch):
-    """Whatever the SAEs; again where its file is damaged."""
+    """Whatever the SAEs; again if its file is damaged."""
     fitted = []
     real = scores.linear_probe
     monkeypatch.setattr(scores, "linear_probe", lambda *given: fitted.append(1) or real(*given))
