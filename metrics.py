@@ -28,9 +28,6 @@ SAMPLE = 16_384  # training tokens on which the baselines' thresholds are set
 MATCHED = 0.5  # a latent matches a hypernym above this Jaccard index
 
 
-# ---------------------------------------------------------------- what latents respond to
-
-
 class Profile(NamedTuple):
     """What m latents respond to, over N images of C classes. Tensors on the encoder's device. Half
     0 and 1 are every other image of each class: a latent is chosen on one, judged on the other."""
@@ -57,8 +54,7 @@ def every_other(labels):
 
 
 def as_labels(labels, rows, classes):
-    """Any sequence of class numbers, from 0 to classes - 1, -> (rows,) int64; ValueError for
-    another length, and for what is not such a number."""
+    """Any sequence of class numbers, 0 to classes - 1, -> (rows,) int64; else ValueError."""
     labels = torch.as_tensor(labels).cpu()
     if labels.shape != (rows,):
         raise ValueError(f"there are {len(labels)} labels for {rows} tokens")
@@ -163,8 +159,7 @@ def dictionaries_of(sae, tokens, mean, seed):
 def mean_of(values):
     """Of those that are not NaN; NaN for none."""
     values = np.array(values, float)
-    values = values[~np.isnan(values)]
-    return values.mean() if len(values) else np.nan
+    return values[~np.isnan(values)].mean() if not np.isnan(values).all() else np.nan
 
 
 def leaves_of(tree, nodes, device="cpu"):
@@ -208,14 +203,6 @@ def responses_of(profile, k=16, response_rate=0.5):
     in_both_halves = (profile.images.amin(0) > 0).float()
     return Responses(latents, top, shown, responds, shown_A * in_both_halves,
                      responds_A * in_both_halves, responds_B, in_both_halves)
-
-
-def heights_of_pairs(tree, height):
-    """height (V,) of nodes -> (C, C), that of the LCH of every pair of classes; 0 for twice the
-    same, also if the class is an inner node."""
-    heights = height[tree.pair_lch]
-    np.fill_diagonal(heights, 0)
-    return heights
 
 
 def over_pairs(top, value):
@@ -270,7 +257,7 @@ class Placed:
     @cached_property
     def pair_heights(self):
         """((A,), (A,)) mean height of the LCH of two top images, as `over_pairs` has it"""
-        return over_pairs(self.responses.top, heights_of_pairs(self.tree, self.tree.height))
+        return over_pairs(self.responses.top, self.tree.heights_of_pairs(self.tree.height))
 
     @cached_property
     def choice(self):
@@ -299,9 +286,6 @@ class Placed:
             values = np.asarray(metric.function(self))
             row[name] = values.sum() if values.dtype == bool else mean_of(values)
         return row
-
-
-# ---------------------------------------------------------------- the metrics, a function each
 
 
 class Metric(NamedTuple):
@@ -382,9 +366,6 @@ def hypernyms_matched(placed):
     return placed.choice.matched
 
 
-# ---------------------------------------------------------------- relations, consistency
-
-
 @torch.inference_mode()
 def relate(encode, read, profile, placed, k=16):
     """Do the latents of general hypernyms fire where those of specific ones do? Columns of
@@ -431,9 +412,6 @@ def kappa(matched):
     pairs = np.ix_(defined, defined)
     result[pairs] = (agreement[pairs] - expected[pairs]) / (1 - expected[pairs])
     return result
-
-
-# ---------------------------------------------------------------- reconstruction, linear probe
 
 
 class Reconstruction(NamedTuple):
@@ -492,9 +470,8 @@ def linear_probe(train, labels, classes, mean, variance, least_steps=3000):
     """A LinearProbe of tokens, train (N, n), an array in memory or on disk, on the device of mean
     and variance (n,).
 
-    Multinomial logistic regression on standardised tokens; AdamW, batches of about 256 consecutive
-    rows (in random order already), 10 epochs but at least so many steps, a rate of 2e-3 decaying to
-    0.
+    Multinomial logistic regression on standardised tokens; AdamW at 2e-3 decaying to 0, batches of
+    about 256 consecutive rows (in random order already), 10 epochs but at least so many steps.
     """
     device = mean.device
     labels = as_labels(labels, len(train), classes).to(device)

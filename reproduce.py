@@ -49,6 +49,7 @@ from taxonomy import TaxonomyError
 
 HERE = Path(__file__).resolve().parent
 SPLITS = "train", "val"
+HISTORY_FILE = "training.csv"  # beside an SAE
 RECORDING = "dinov2_hooks.py", "kit/data.py"  # code that class tokens depend on
 SCORING = ("sae.py", "taxonomy.py", "metrics.py", "kit/scores.py", "kit/probes.py",
            "kit/readings.py", "kit/rows.py")
@@ -282,7 +283,7 @@ def train_saes(settings, jobs, tokens):
             raise SAEError(f"layer {job.layer}: {error}") from error
         with write_aside(job.sae) as part:
             sae.cpu().save_pretrained(part)
-            write_csv(part / "training.csv", sae.history)
+            write_csv(part / HISTORY_FILE, sae.history)
     barrier()
 
 
@@ -338,23 +339,23 @@ def tables_of(scores):
 
 
 def training_rows(jobs):
-    """Rows of training.csv; none of SAEs that were trained elsewhere."""
+    """Rows of training.csv; none of SAEs that were trained elsewhere. Raises InputError if a file
+    is damaged."""
     rows = []
-    paths = {job: job.sae / "training.csv" for job in jobs}
-    if not all(path.exists() for path in paths.values()):
+    if not all((job.sae / HISTORY_FILE).exists() for job in jobs):
         return rows
-    for job, path in paths.items():
+    for job in jobs:
+        path = job.sae / HISTORY_FILE
         text = path.read_text(encoding="utf-8", errors="replace")
         where = {"layer": job.layer, "seed": job.training.seed}
         try:
             for row in csv.DictReader(text.splitlines()):
                 rows.append(where | {key: float(row[key]) for key in HISTORY})
-            intact = text.endswith("\n")
         except (ValueError, TypeError, KeyError, csv.Error):
-            intact = False
-        if not intact:
-            raise InputError(f"{path} is damaged: delete this folder, and the same command makes it "
-                             "again")
+            text = ""
+        if not text.endswith("\n"):  # empty or cut
+            raise InputError(f"{path} is damaged: delete this folder, and the same command makes "
+                             "it again")
     return rows
 
 

@@ -167,6 +167,14 @@ class Taxonomy:
         return pairs
 
 
+    def heights_of_pairs(self, height):
+        """height (V,) of nodes -> (C, C), that of the LCH of every pair of classes; 0 for twice the
+        same, also if the class is an inner node."""
+        heights = height[self.pair_lch]
+        np.fill_diagonal(heights, 0)
+        return heights
+
+
 def read_graph(path):
     """Read lines of `wnid <tab> name <tab> hypernyms`; # starts a comment."""
     lines = Path(path).read_text().splitlines()

@@ -37,7 +37,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% [markdown]
 # ## 1. Photographs, and what they are of
-# Each class is a noun of WordNet, named by its *wnid*; a *hypernym* is a more general noun above it.
+# Each class is a noun of WordNet, named by its *wnid*; a *hypernym* is a more general noun above.
 
 # %%
 splits = {}
@@ -93,7 +93,7 @@ batch = max(16, min(256, train.rows // 8))
 settings = Training(batch_size=batch, epochs=max(1, STEPS * batch // train.rows))
 sae = train_sae(train, settings)
 quality, _ = reconstruct(sae, val.batches(2048), labels, len(classes), lambda tokens: tokens)
-print(f"\nFVU {quality.fvu:.2f}: the variance that is left; {quality.l0:.0f} latents fire per image")
+print(f"\nFVU {quality.fvu:.2f}: the variance left; {quality.l0:.0f} latents fire per image")
 if quality.fvu > 1:
     print("An FVU above 1 is worse than the mean token: train longer, or on more images")
 

@@ -70,27 +70,18 @@ def draw_main(axis, tables, layers, column):
     right.set_yticklabels([f"as {row['a']}, {row['b']}" for row in known], fontsize=7)
 
 
-def draw_by_units(axis, tables, layers):
-    """IoU of hypernym probes by the number of units, in the last layer."""
+def draw_probes(axis, tables, layers, key):
+    """IoU of hypernym probes: in the last layer by the number of units; or of one unit, by layer,
+    beside the whole token."""
+    points, fixed = (UNITS, {"layer": layers[-1]}) if key == "units" else (layers, {"units": 1})
     for tree, dash in (("wordnet", {}), ("permuted", {"linestyle": "--", "label": None})):
         for name in ("sae", "untrained", "neurons"):
-            where = {"dictionary": name, "tree": tree, "layer": layers[-1]}
-            line(axis, tables["probes"], "iou", STYLES[name] | dash, UNITS, "units", **where)
-        token = values_of(tables["probes"], "iou", dictionary="token", tree=tree, layer=layers[-1])
-        axis.axhline(token.mean(), color="black", linestyle=dash.get("linestyle"))
-    axis.set(xlabel=f"units of the probe, layer {layers[-1]}", ylabel="IoU with the hypernym",
-             xscale="log", xticks=UNITS, xticklabels=UNITS, ylim=(0, None))
-    axis.legend(fontsize=8)
-
-
-def draw_by_layer(axis, tables, layers):
-    """IoU of hypernym probes of one unit, and of the whole token."""
-    for tree, dash in (("wordnet", {}), ("permuted", {"linestyle": "--", "label": None})):
-        for name in ("sae", "untrained", "neurons", "token"):
-            where = {"dictionary": name, "tree": tree}
-            where |= {"units": 1} if name != "token" else {}
-            line(axis, tables["probes"], "iou", STYLES[name] | dash, layers, **where)
-    label_layers(axis, layers, ylabel="IoU with the hypernym")
+            where = {"dictionary": name, "tree": tree, **fixed}
+            line(axis, tables["probes"], "iou", STYLES[name] | dash, points, key, **where)
+        if key == "layer":
+            where = {"dictionary": "token", "tree": tree}
+            line(axis, tables["probes"], "iou", STYLES["token"] | dash, layers, **where)
+    axis.set(xlabel=key, xticks=points, xticklabels=points, ylabel="IoU with the hypernym")
     axis.legend(fontsize=8)
 
 
@@ -155,8 +146,8 @@ def all_figures():
     for column, (title, better, _) in claimed()[1:]:
         arrow = "↑" if better > 0 else "↓"
         figures[column] = (f"{title[0].upper()}{title[1:]} {arrow}", draw_metric, column)
-    figures["by_units"] = ("How few units tell the images under a hypernym", draw_by_units)
-    figures["by_layer"] = ("How well one unit tells them, by layer", draw_by_layer)
+    figures["by_units"] = ("How few units tell the images under a hypernym", draw_probes, "units")
+    figures["by_layer"] = ("How well one unit tells them, by layer", draw_probes, "layer")
     for column, title in COLUMNS.items():
         figures[column] = (title, draw_column, column)
     for column, title in HISTORIES.items():

@@ -13,9 +13,9 @@ tags: [sparse-autoencoder, vision, hierarchy]
 ---
 # Sparse autoencoders of class tokens: {title}
 
-{note} One SAE per layer, of the class token after each block, from the reproduction kit of *Analyzing
-Hierarchical Structure in Vision Models with Sparse Autoencoders* (arXiv 2505.15970); not by the
-paper's authors.
+{note} One SAE per layer, of the class token after each block, from the reproduction kit of
+*Analyzing Hierarchical Structure in Vision Models with Sparse Autoencoders* (arXiv 2505.15970); not
+by the paper's authors.
 
 ```python
 from sae import SparseAutoencoder  # the kit's sae.py

@@ -2,8 +2,7 @@
 import numpy as np
 import torch
 
-from metrics import (heights_of_pairs, hypernyms_lch, leaves_of, mean_of, ontology_covered,
-                     over_pairs)
+from metrics import hypernyms_lch, leaves_of, mean_of, ontology_covered, over_pairs
 
 SHARES = (0.25, 0.5, 0.75)  # of a class's images on which a latent that responds to it fires
 
@@ -18,7 +17,7 @@ def readings(profile, placed):
     heights = {
         "longest path": tree.height, "shortest path": tree.height_shortest, "depth": -tree.depth}
     for name, height in heights.items():
-        of_pairs = heights_of_pairs(tree, height) if height.min() == 0 else height[tree.pair_lch]
+        of_pairs = tree.heights_of_pairs(height) if height.min() == 0 else height[tree.pair_lch]
         pairs, between = over_pairs(top, of_pairs)
         values["height", f"{name}, of the set"] = mean_of(height[placed.lch])
         values["height", f"{name}, over pairs"] = mean_of(pairs)

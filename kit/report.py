@@ -17,7 +17,7 @@ from kit import demo
 from kit.data import Decoded
 from kit.figures import COLUMNS, HISTORIES
 from kit.rows import terms_of
-from kit.tables import MARKS, cell, markdown
+from kit.tables import MARKS, cell
 from sae import SparseAutoencoder
 
 OPEN = 12  # latents shown open

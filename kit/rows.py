@@ -3,8 +3,6 @@ from collections import Counter
 
 import numpy as np
 
-from metrics import heights_of_pairs
-
 
 def values_of(rows, column, **where):
     """A column of the rows that agree with `where`, as numbers, NaN for None; with the layer and
@@ -83,7 +81,7 @@ def hypernym_rows(placed, profile):
 
 def height_rows(tree):
     """How far apart two classes of a height are: an example of each, with one class if it can."""
-    heights = heights_of_pairs(tree, tree.height)
+    heights = tree.heights_of_pairs(tree.height)
     terms = terms_of([tree.names[v] for v in tree.classes])
     anchor = max(range(len(heights)), key=lambda c: len(set(heights[c])))
     rows = []

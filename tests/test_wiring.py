@@ -324,7 +324,6 @@ def test_lines_of_figures_are_the_tables():
         for (name, tree), line in zip([*kinds, ("sae", "permuted")], lines, strict=True):
             assert line == over(rows, column, "layer", layers, dictionary=name, tree=tree)
     few, depth = drawn("by_units", tables), drawn("by_layer", tables)
-    few = [line for line in few if len(line) == 3]
     kinds = [(n, t) for t in ("wordnet", "permuted") for n in ("sae", "untrained", "neurons")]
     for (name, tree), line in zip(kinds, few, strict=True):
         where = {"dictionary": name, "tree": tree, "layer": 9}
