@@ -406,6 +406,14 @@ def test_bad_input_is_one_sentence(data, hub, capsys, arguments, words):
     assert not Path("out/tokens/train/layer_00.npy").exists()
 
 
+def test_tiny_imagenet_is_fetched_by_name(work, hub, capsys, monkeypatch):
+    def fetch(url, folder, md5):
+        raise OSError("no network")
+
+    monkeypatch.setattr("kit.inputs.download_and_extract_archive", fetch)
+    refused(capsys, small_run("tiny-imagenet", hub), "tiny-imagenet-200.zip could not be fetched")
+
+
 def test_no_hypernym_that_could_be_found(data, hub, capsys):
     for split in ("train", "val"):
         shutil.rmtree(

@@ -2,15 +2,19 @@
 
 import csv
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, WNIDS, small_run, write_images
 
 import reproduce
 from metrics import linear_probe
+from sae import SparseAutoencoder
 
 
 @pytest.mark.parametrize(
@@ -73,6 +77,38 @@ def test_other_libraries_on_the_same_tokens(data, hub, work, monkeypatch, capsys
 
 NAMES = ("fvu", "height", "matched", "one_unit", "layers")
 FIGURES = [f"{name}{ending}" for name in NAMES for ending in (".png", ".pdf")]
+
+
+def test_own_images(data, hub, work, monkeypatch, capsys):
+    """An image of the validation split: its latents are those of the run's SAE, by name."""
+    assert reproduce.main(small_run(data, hub, "--layers", "1,2")) == 0
+    image = sorted((data / "val" / WNIDS[0]).iterdir())[0]
+    capsys.readouterr()
+
+    def look(*arguments):
+        monkeypatch.setattr(sys, "argv", ["look", *map(str, arguments)])
+        runpy.run_module("kit.look", run_name="__main__")
+
+    look("out", image)
+    said = capsys.readouterr().out
+    tokens = np.load("out/tokens/val/layer_02.npy")[0]  # the first class's first image
+    (folder,) = Path("out/saes").iterdir()
+    sae = SparseAutoencoder.from_pretrained(folder / "layer_02")
+    z = sae.encode(torch.from_numpy(tokens).float()[None])[0]
+    latents = list(map(int, re.findall(r"latent (\d+):", said)))
+    assert latents == z.topk(min(5, int((z > 0).sum()))).indices.tolist() != []
+    with open(next(Path("out/results").glob("*/latents.csv"))) as file:
+        named = {row["latent"]: row for row in csv.DictReader(file) if row["layer"] == "2"}
+    for latent in set(map(str, latents)) & named.keys():
+        assert f"latent {latent}: {named[latent]['hypernym'] or 'no general term'}" in said
+    for arguments, words in (
+        (["nowhere", image], "nowhere holds no results"),
+        (["out"], "no image is given"),
+        (["out", data / "none.png"], "none.png is not a readable image"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            look(*arguments)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_walkthrough(data, hub, work, monkeypatch, capsys):
