@@ -2,7 +2,8 @@
 # # Which latent knows what a cat is?
 # From photographs to a named latent, on the kit's four modules: `dinov2_hooks`, `sae`, `taxonomy`,
 # `metrics` (and `kit.data`, which finds and decodes images in folders). Ten minutes on a CPU. The
-# exercises at the end have solutions in `docs/solutions.md`.
+# exercises at the end have solutions in `docs/solutions.md`. The outputs shown are of a ViT-Ti
+# trained with labels, not of DINOv2.
 
 # %%
 import os
