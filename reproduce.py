@@ -36,12 +36,12 @@ from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, fin
 from kit import figures, hub, made_of, report
 from kit.claims import claims_of
 from kit.data import Decoded, fingerprint, workers_for
-from kit.files import RANK, InputError, check_disk, lock, write_aside
+from kit.files import RANK, RESULTS, InputError, check_disk, lock, write_aside
 from kit.inputs import find_inputs, where_to
 from kit.processes import RANKS, barrier, plain_streams, run_as_command
 from kit.rows import emergence_rows, height_rows, matched_sets
 from kit.scores import open_layer, permuted_trees, score_layer
-from kit.tables import last_layer_of, write_csv, write_tables
+from kit.tables import is_other_sparsity, last_layer_of, write_csv, write_tables
 from metrics import TOP, kappa
 from sae import (HISTORY, SAE_FILES, ActivationBuffer, SAEError, SparseAutoencoder, Training,
                  fast_precision, learning_rate, top_k_of, train_sae)
@@ -422,8 +422,9 @@ def write_results(settings, inputs, out, jobs, record, ids):
     folder = out / "results" / "-".join([*changed, made_of.short_hash(made)])
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
     # what the other sparsities that were tried here have
-    earlier = [path for path in out.glob("results/*/results.json") if path.parent != folder]
-    others = [last_layer_of(made_of.read_json(path)) for path in earlier]
+    earlier = [path for path in out.glob(RESULTS) if not path.parent.name.endswith(".part")]
+    tried = [made_of.read_json(path) for path in earlier]
+    others = [last_layer_of(tables) for tables in tried if is_other_sparsity(record, tables)]
     record["others"] = {"(L0, matched)": others}
     with write_aside(folder) as part:
         part.mkdir()

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from kit.claims import MAIN, claimed
 from kit.figures import line, save
-from kit.files import InputError
+from kit.files import RESULTS, InputError
 from kit.made_of import read_json
 from kit.rows import values_of
 from kit.tables import by_layer, markdown, write_csv
 
-RESULTS = "results/*/results.json"
 SAE = {"dictionary": "sae", "tree": "wordnet"}
 PERMUTED = SAE | {"tree": "permuted"}
 PART = {"tree": "part"}

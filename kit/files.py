@@ -11,6 +11,9 @@ except ImportError:  # Windows: there, two runs in one output folder are not tol
     fcntl = None
 
 
+RESULTS = "results/*/results.json"  # in a run's folder; of one that was killed in a .part
+
+
 class InputError(ValueError):
     """What the run cannot go on with: one sentence that names the thing and the way out."""
 

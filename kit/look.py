@@ -15,12 +15,11 @@ import torch
 
 from dinov2_hooks import BackboneError, class_tokens
 from kit.data import read_image
-from kit.files import InputError
+from kit.files import RESULTS, InputError
 from kit.inputs import find_model
 from sae import SAEError, SparseAutoencoder
 
 SHOWN = 5  # latents of an image
-RESULTS = "results/*/results.json"
 
 
 def names_in(path, layer):
@@ -35,16 +34,18 @@ def names_in(path, layer):
 
 
 def main(run, *images):
-    paths = sorted(Path(run).expanduser().glob(RESULTS), key=lambda path: path.stat().st_mtime)
+    out = Path(run).expanduser()
+    paths = [path for path in out.glob(RESULTS) if not path.parent.name.endswith(".part")]
+    paths.sort(key=lambda path: path.stat().st_mtime)
     if not paths or not images:
         raise InputError(f"{run} holds no results, or no image is given: python -m kit.look RUN "
                          "IMAGE, RUN being the output folder of a run")
     # the newest results say with what they were made
     results = json.loads(paths[-1].read_text(encoding="utf-8"))
     settings = SimpleNamespace(**results["settings"])
-    model, transform = find_model(settings, Path(run))
+    model, transform = find_model(settings, out)
     layer = results["layers"][-1]["layer"]
-    sae = SparseAutoencoder.from_pretrained(Path(run, results["saes"]) / f"layer_{layer:02d}")
+    sae = SparseAutoencoder.from_pretrained(Path(out, results["saes"]) / f"layer_{layer:02d}")
     names = names_in(paths[-1].with_name("latents.csv"), layer)
     # an image at a time: they may be of any number
     for name in images:

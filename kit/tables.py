@@ -13,6 +13,8 @@ from metrics import mean_of
 MARKS = {"holds": "✓", "open": "○", "contradicted": "✗"}  # else –
 POOR = 0.9  # of the variance unexplained, hardly better than the mean; of the first loss
 FEW = 0.1  # of the latents in a mean
+ALIKE = ("layers", "expansion", "inputs", "epochs", "batch_size", "lr", "top_k", "response_rate",
+         "images_per_class")  # settings of runs that are compared over sparsity
 FOUND = 1 / 3  # of what is planted in the demo, at least
 FALL = 0.025  # of the loss, between the third and the fourth fifth of the steps
 ROUNDING = 0.1  # of the variance of a layer's tokens
@@ -101,6 +103,15 @@ def last_layer_of(tables):
     return values_of(tables["layers"], "l0", layer=last).mean(), matched
 
 
+def is_other_sparsity(tables, others):
+    """Whether the tables of another run differ from this one's in λ or activation alone."""
+    settings, other = tables["settings"], others["settings"]
+    alike = all(settings[key] == other.get(key) for key in ALIKE)
+    same = all(settings[key] == other[key] for key in ("l1", "activation"))
+    columns = others["hierarchy"][0]
+    return alike and not same and "hypernyms_matched" in columns
+
+
 def as_kin(tables, value):
     """A height in words: two classes that far apart."""
     row = min(tables["heights"], key=lambda row: abs(row["height"] - value))
@@ -141,7 +152,8 @@ def findings(tables, layers):
         return values_of(tables["hierarchy"], column, **where).mean()
 
     def beside(*where):
-        return f"{mean(MAIN, *where):.3g} (permuted {mean(MAIN, *where, tree='permuted'):.3g})"
+        permuted = mean(MAIN, *where, tree="permuted")
+        return f"{cell(mean(MAIN, *where))} (permuted {cell(permuted)})"
 
     terms, enough = terms_with_a_latent(tables, last)
     sentences = [terms]

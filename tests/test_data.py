@@ -109,7 +109,7 @@ def flatten_val(data, wnid_folders, to):
     """Move val images into one flat folder; returns [(new name, wnid)]."""
     to.mkdir(parents=True, exist_ok=True)
     listed = []
-    for wnid in WNIDS:
+    for wnid in WNIDS[::-1]:  # the first image is of the last class
         for path in sorted((wnid_folders / wnid).iterdir()):
             name = f"val_{len(listed):04d}.png"
             listed.append((name, wnid))

@@ -363,6 +363,7 @@ def test_transform_is_the_one_timm_makes(name):
 def test_transform_is_dinov2s_where_the_model_says_nothing(vit):
     assert str(transform_of(vit)) == str(eval_transform())
     vit.pretrained_cfg = {"mean": (0.1, 0.2, 0.3)}
+    assert eval_transform().transforms[0].interpolation.value == "bicubic"
     assert str(transform_of(vit)) == str(eval_transform(mean=(0.1, 0.2, 0.3)))
     vit.pretrained_cfg = {"input_size": (3, 48, 48), "crop_pct": 1.0, "crop_mode": "squash"}
     assert transform_of(vit).transforms[0].size == (48, 48)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import imagenet1k
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import metrics
 from kit.readings import readings
@@ -508,10 +509,18 @@ def test_probe_on_separable_and_on_random_labels(tmp_path):
 
     other = labels[:511].copy()  # in two batches: every row counts
     other[510] = (other[510] + 1) % 10
+    groups = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *given: groups.append(optimizer.param_groups[0].copy())
+    )
     probes = [
         linear_probe(tokens[:511], y, 10, about.mean, about.variance, least_steps=9)
         for y in (labels[:511], other)
     ]
+    hook.remove()
+    rates = 2e-3 * np.linspace(1, 0, 20, endpoint=False)  # ten epochs of two steps
+    assert [group["lr"] for group in groups] == pytest.approx(np.tile(rates, 2))
+    assert {group["weight_decay"] for group in groups} == {1e-2}
     assert not torch.equal(probes[0].W, probes[1].W)
     from_disk = accuracy(np.load(tmp_path / "tokens.npy", mmap_mode="r"), labels[:2000])
     assert from_disk > 0.99 and from_disk == accuracy(tokens[:2000], labels[:2000].tolist())
@@ -585,6 +594,11 @@ def test_rows_of_latents_and_of_hypernyms(small_tree):
     assert not rows["animal"]["matched"] and rows["cat"]["best_latent"] is None
     (row,) = latent_rows(placed, profile)
     assert (row["hypernym"], row["match"], row["classes"]) == ("dog", 1, "d1 d2")
+    tree, _, _, profile = random_profile(1)
+    least = int(profile.fires.median())  # so that half of the latents are not alive
+    rows = latent_rows(place(profile._replace(fires=profile.fires - least), tree, k=1), profile)
+    assert 0 < len(rows) < 30
+    assert all(row["fires"] == profile.fires[row["latent"]] > least for row in rows)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -19,7 +20,7 @@ import metrics
 import reproduce
 from kit import figures, scores
 from kit.inputs import parse_layers
-from kit.tables import over_seeds
+from kit.tables import cell, over_seeds
 from reproduce import main, parse_settings, trainings_of
 from sae import SparseAutoencoder, fast_precision
 
@@ -86,6 +87,18 @@ def test_whole_run(data, hub, capsys):
     assert {row["verdict"] for row in read_csv("claims")} == {"too few classes"}
     said = capsys.readouterr().out
     assert "report.html" in said and max(map(len, said.splitlines()[-9:])) <= 99
+    # the numbers of the answer are those of the tables
+    said, claim = " ".join(said.split()), read_csv("claims")[0]
+    last = {
+        (row["dictionary"], row["tree"]): cell(float(row["lch_height_between"] or "nan"))
+        for row in hierarchy
+        if row["layer"] == "2"
+    }
+    assert f"are {float(claim['value']):.3g} edges apart" in said
+    assert f"under permuted trees {float(claim['permuted']):.3g}, as" in said
+    for name, words in (("untrained", "The untrained SAE has"), ("neurons", "raw neurons")):
+        assert f"{words} {last[name, 'wordnet']} (permuted {last[name, 'permuted']})" in said
+    assert f"leaves {float(layers[-1]['fvu']):.0%} of the variance" in said
     assert not [*Path("out").rglob("*.part")]
 
     # the SAE's statistics are the train split's, and it takes raw tokens
@@ -179,6 +192,7 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
     assert main(run) == 0
     before = made()
     assert main(run) == 0 and not made_again(before)
+    assert "other settings tried" not in report_file("tables.md").read_text()
     comment = "    # why\n    z = sae.latents(x)"
     assert change("sae.py", "    z = sae.latents(x)", comment) == set()
     assert change("reproduce.py", 'help="of the SAEs', 'help="of all SAEs') == set()
@@ -189,12 +203,13 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
     for more, stages in (
         (["--layers", "1,2"], {"tokens", "saes", "scores"}),
         (["--top-k", "3"], {"scores"}),
+        (["--response-rate", "0.4"], {"scores"}),
         (["--l1", "0.3"], {"saes", "scores"}),
     ):
         before = made()
         assert main([*run, *more]) == 0 and made_again(before) == stages
         assert before.items() <= made().items()  # nothing old is lost
-    assert len(os.listdir("out/results")) == 7  # no code or setting replaces another's
+    assert len(os.listdir("out/results")) == 8  # no code or setting replaces another's
 
 
 def test_the_linear_probe_is_fitted_once_a_layer(data, hub, monkeypatch):
@@ -353,6 +368,14 @@ def test_seeds_and_their_spread(data, hub):
         if (row["layer"], row["dictionary"], row["tree"]) == ("1", "sae", "wordnet"):
             heights.append(float(row["lch_height_pairwise"]))
     assert over_seeds(heights) in (folder / "tables.md").read_text()
+    # latents are the first seed's
+    assert {row["seed"] for row in read_csv("latents")} == {"4"}
+    best = []
+    for seed in (4, 5):
+        (path,) = Path("out/scores").glob(f"*seed_{seed}-*/layer_01.json")
+        best.append([row["top_images"] for row in json.loads(path.read_text())["hypernyms"]])
+    shown = [json.loads(row["top_images"]) for row in read_csv("hypernyms") if row["layer"] == "1"]
+    assert shown == best[0] != best[1]
 
 
 def test_mean_and_spread():

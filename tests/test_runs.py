@@ -93,6 +93,9 @@ def test_weights_and_trees_by_all_that_they_are():
     model.blocks[0].proj.weight.data = W.flatten().flip(0).view_as(W)  # of the same sum
     assert weights_of(model) != known
     model = vit()
+    model.blocks[1].qkv.weight.data[-1, -1] += 1  # the last of many numbers
+    assert weights_of(model) != known
+    model = vit()
     model.blocks = torch.nn.ModuleList(reversed(model.blocks))
     assert weights_of(model) != known
     assert weights_of(vit().half()) != known and weights_of(vit().bfloat16()) != known

@@ -100,6 +100,8 @@ def test_history_of_training(buffer):
     frozen = train_sae(buffer, Training(epochs=100, batch_size=100, lr=1e-12), title=None).history
     assert len(long) == len(frozen) == 20 and long[-1]["loss"] < 0.5 * long[0]["loss"]
     assert frozen[-1]["loss"] == pytest.approx(frozen[0]["loss"], rel=0.05)
+    one = Training(activation="topk-1", epochs=1, batch_size=10)  # of 70 steps, 4 are a row
+    assert all(row["dead"] >= 1 - 40 / 96 for row in train_sae(buffer, one, title=None).history)
 
 
 def test_learning_rate_of_the_default(buffer):

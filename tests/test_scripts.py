@@ -13,8 +13,11 @@ import torch
 from conftest import ROOT, WNIDS, small_run, write_images
 
 import reproduce
+from kit import look
+from kit.data import find_images
+from kit.tables import write_csv
 from metrics import linear_probe
-from sae import SparseAutoencoder
+from sae import SparseAutoencoder, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -35,8 +38,12 @@ def test_scripts(monkeypatch, capsys, arguments, words):
 
 def test_scripts_on_the_folder_of_a_run(data, hub, work, monkeypatch, capsys):
     """kit.compare on two settings, and tests/training.py on the tokens of layers 1 and 2."""
+    rates = []
+    for name in ("reproduce.learning_rate", "sae.learning_rate"):
+        monkeypatch.setattr(name, lambda *given: rates.append(given) or learning_rate(*given))
     for more in (["--seeds", "2"], ["--activation", "topk-4"], ["--l1", "0.3"]):
         assert reproduce.main(small_run(data, hub, *more)) == 0
+    assert rates[::2] == rates[1::2]  # what config.json says is what the SAE is trained with
     monkeypatch.setattr(sys, "argv", ["compare", "out"])
     with pytest.raises(SystemExit):
         runpy.run_module("kit.compare", run_name="__main__")
@@ -59,11 +66,30 @@ def test_scripts_on_the_folder_of_a_run(data, hub, work, monkeypatch, capsys):
         layers = list(csv.DictReader(file))
     (row,) = (row for row in rows if row["activation"] == "topk-4")
     assert row["L0"] == layers[-1]["l0"] and row["FVU"] == layers[-1]["fvu"]
+    # kit.look takes the newest results, their SAE of the last layer
+    capsys.readouterr()
+    look.main("out", str(data / "val" / find_images(data)[1].names[0]))
+    (folder,) = Path("out/saes").glob("*l1_0.3*")
+    x = torch.from_numpy(np.load("out/tokens/val/layer_02.npy")[:1]).float()
+    best = SparseAutoencoder.from_pretrained(folder / "layer_02").encode(x)[0].max(0)
+    said = re.search(r": layer 2, .*\n *([\d.]+)  latent (\d+): ", capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(float(best.values), abs=0.002)
+    assert int(said[2]) == best.indices
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["training.py", "out", str(data), "1,2"])
     runpy.run_path(str(ROOT / "tests/training.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "32 -> 256, relu, batch 16, float32" in printed and printed.count("\n| 0.0") == 11
+
+
+def test_look_names_latents_by_their_layer(tmp_path):
+    rows = []
+    for layer, latent, term in ((1, 5, "dog"), (1, 6, "cat"), (2, 5, "bird"), (2, 7, "")):
+        match = 0.5 if term else ""
+        rows.append({"layer": layer, "latent": latent, "hypernym": term, "match": match})
+    write_csv(tmp_path / "latents.csv", [row | {"classes": "wren"} for row in rows])
+    names = look.names_in(tmp_path / "latents.csv", 2)
+    assert names == {5: "bird (match 0.50)", 7: "no general term; classes: wren (match 0.00)"}
 
 
 def test_other_libraries_on_the_same_tokens(data, hub, work, monkeypatch, capsys):

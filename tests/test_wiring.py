@@ -1,5 +1,7 @@
 """What closed forms do not see: which numbers meet which, in training, scores, claims, figures."""
 
+import base64
+import io
 import re
 from types import SimpleNamespace
 
@@ -19,9 +21,9 @@ from kit import figures, scores
 from kit.claims import claims_of
 from kit.data import Split
 from kit.demo import SmallViT
-from kit.report import write_page
+from kit.report import overlaid, write_page
 from kit.rows import terms_of
-from metrics import METRICS
+from metrics import METRICS, relate
 from reproduce import parse_settings, trainings_of
 from sae import ActivationBuffer, SparseAutoencoder, Training, train_sae
 from taxonomy import Taxonomy
@@ -145,7 +147,7 @@ def plain_probe(z, labels, tree, z_val, labels_val):
     return np.mean(ious)
 
 
-def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path):
+def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path, monkeypatch):
     """Train and val differ, so that nothing can be taken from the wrong one unseen."""
     rng = np.random.default_rng(3)
     codes, labels, tokens = TREE.leaves.T @ rng.normal(size=(len(TREE.wnids), 10)), {}, {}
@@ -161,6 +163,10 @@ def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path):
     layer = train, val, train.statistics(), lambda x: (x - 5) @ classify
     where = {"layer": 3, "seed": 7}
     controls = scores.permuted_trees(TREE)
+    met = []
+    monkeypatch.setattr(
+        scores, "relate", lambda *given: met.append((given[0], given[1])) or relate(*given)
+    )
     made = scores.score_layer(where, sae, layer, labels, TREE, controls, 8, 0.5)
     # the dictionaries, thresholds from train
     x, x_val = (tokens[split].astype(float) for split in ("train", "val"))
@@ -181,6 +187,9 @@ def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path):
     probes = {(row["dictionary"], row["tree"], row["units"]): row for row in made["probes"]}
     for name, trees in (("sae", 40), ("neurons", 10), ("untrained", 10)):
         z = encode[name](x_val)
+        units, read = met.pop(0)  # thresholds are train's, the top images of relations val's
+        fires = (units(val.rows_at(slice(None))) > 0).sum(0).numpy()
+        assert abs(fires - (z > 0).sum(0)).max() <= 1 and read == val.rows_at
         heights = [plain_height(z, labels["val"], t, 8) for t in [TREE, *permuted[:trees]]]
         assert rows[name, "wordnet"]["lch_height_between"] == pytest.approx(heights[0], abs=0.03)
         mean_height = rows[name, "permuted"]["lch_height_between"]
@@ -335,6 +344,12 @@ def test_lines_of_figures_are_the_tables():
     for column in figures.COLUMNS:
         (line,) = drawn(column, tables)
         assert line == over(tables["layers"], column, "layer", layers)
+    # examples of heights stand at these heights
+    tables["heights"] = [{"height": height, "a": "cat", "b": "dog"} for height in (0.5, 7)]
+    left = Figure().subplots()
+    figures.draw_main(left, tables, layers, "lch_height_between")
+    right = left.figure.axes[1]
+    assert right.get_ylim() == left.get_ylim() and right.get_yticks().tolist() == [0.5]
 
 
 # ---------------------------------------------------------------- page
@@ -345,8 +360,9 @@ def test_the_page_shows_the_latent_of_the_row(tmp_path, monkeypatch):
     under = TREE.hypernyms_to_find[0]
     inside, outside = (np.flatnonzero(TREE.leaves[under] == is_under) for is_under in (1, 0))
     labels = np.repeat([inside[0], outside[0], inside[1]], 2)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    val = Split(tmp_path, ["a.png"] * 6, labels)
+    colour = 210, 40, 120
+    Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png")
+    val = Split(tmp_path, ["a.png"] * 7, np.r_[outside[1], labels])  # the first is left out
     inputs = SimpleNamespace(
         model=SmallViT(classes=2, size=16, patch=4, width=6, depth=3, heads=2),
         transform=eval_transform(16, 16), val=val, tree=TREE, layers=[1, 2], note="")  # fmt: skip
@@ -372,13 +388,18 @@ def test_the_page_shows_the_latent_of_the_row(tmp_path, monkeypatch):
     settings = {"backbone": "vit", "top_k": 3}
     record = {"settings": settings, "hypernyms": rows, "claims": [dict.fromkeys(
         ("claim", "verdict", "value", "permuted", "low", "high", "p_value"), "a claim")]}  # fmt: skip
-    write_page(tmp_path, "title", inputs, record, tmp_path, np.arange(6), {}, ["answer"], {})
+    write_page(tmp_path, "title", inputs, record, tmp_path, np.arange(1, 7), {}, ["answer"], {})
     text = (tmp_path / "report.html").read_text()
     assert set(map(str, looked)) == {"(2, [5])"}  # the layer of the best match, its latent
     names = terms_of([TREE.names[v] for v in TREE.classes])
     captions = re.findall("<figcaption>(.*?)</figcaption>", text)
     first, other, second = (names[c] for c in (inside[0], outside[0], inside[1]))
     assert captions == [second, f"✗ {other}", first]
+    tile = io.BytesIO(base64.b64decode(re.search('webp;base64,([^"]*)', text)[1]))
+    assert abs(np.array(Image.open(tile), int) - colour).max() < 9  # as it was before normalising
     assert "the term: 2 of 3 top images" in text
     assert f"Responds to: {first}. Outside the term: {other}." in text
     assert len(re.findall('class="c[58] m"', text)) == 2
+    grey, maps = torch.full((2, 3, 8, 8), 0.5), torch.rand(2, 4, 4)  # each on its own scale
+    louder = maps * torch.tensor([1.0, 9])[:, None, None]
+    torch.testing.assert_close(overlaid(grey, louder), overlaid(grey, maps))
