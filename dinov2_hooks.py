@@ -95,7 +95,9 @@ def load_backbone(name="dinov2_vitg14", hub=HUB, **options):
     if not len(getattr(model, "blocks", ())) or getattr(model, "cls_token", None) is None:
         raise BackboneError(f"{name} is not a vision transformer with a class token: it needs "
                             ".blocks and .cls_token")
-    return model.float().eval().requires_grad_(False)
+    if {parameter.dtype for parameter in model.parameters()} != {torch.float32}:
+        model = model.float()
+    return model.eval().requires_grad_(False)
 
 
 def eval_transform(resize=None, crop=224, interpolation="bicubic", mean=(0.485, 0.456, 0.406),

@@ -139,7 +139,7 @@ def terms_with_a_latent(tables, last):
         least, most = min(others, key=lambda x: x[1])[1], max(others, key=lambda x: x[1])[1]
         sentence += (f" At the other settings tried, with an L0 of {others[0][0]:.3g} to "
                      f"{others[-1][0]:.3g}, it is {least:.3g} to {most:.3g}.")
-    return sentence, count >= FOUND * len(rows) and count > 1.5 * max(counts.values())
+    return sentence, count >= FOUND * len(rows) and count > max(counts.values())
 
 
 def findings(tables, layers):
