@@ -421,6 +421,7 @@ def write_results(settings, inputs, out, jobs, record, ids):
     changed = [saes.name] if settings.saes else changed_settings(settings, settings.seed)
     folder = out / "results" / "-".join([*changed, made_of.short_hash(made)])
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
+    title = "The built-in demo" if settings.data == "demo" else title
     # what the other sparsities that were tried here have
     earlier = [path for path in out.glob(RESULTS) if not path.parent.name.endswith(".part")]
     tried = [made_of.read_json(path) for path in earlier]
