@@ -12,6 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from kit.demo import SmallViT
 from metrics import linear_probe
 from taxonomy import SHIPPED, read_graph
 
@@ -56,37 +57,45 @@ def write_hub(folder: Path) -> Path:
     """A torch.hub repository: a small random ViT, 3 blocks of width 16, and what is none."""
     folder.mkdir(exist_ok=True)
     (folder / "hubconf.py").write_text(
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from kit.demo import SmallViT\n"
-        "def small_vit():\n"
-        "    torch.manual_seed(0)\n"
-        "    return SmallViT(classes=2, size=224, patch=56, width=16, depth=3, heads=2)\n"
-        "class Chunk(torch.nn.ModuleList):\n"
-        "    def forward(self, x):\n"
-        "        for block in self:\n"
-        "            x = block(x)\n"
-        "        return x\n"
-        "def chunked_vit():\n"
-        "    vit = small_vit()\n"
-        "    vit.blocks = torch.nn.ModuleList([Chunk(vit.blocks[:1]), Chunk(vit.blocks[1:])])\n"
-        "    return vit\n"
-        "def spoilt():\n"
-        "    vit = small_vit()\n"
-        "    vit.blocks[1].norm1.weight.data[3] = float('nan')\n"
-        "    return vit\n"
-        "def fails():\n"
-        "    return SmallViT(classes=2, size=96, patch=56, width=16, depth=3, heads=2)\n"
-        "def exits():\n"
-        "    sys.exit('no licence')\n"
-        "def no_vit():\n"
-        "    return torch.nn.Linear(2, 2)\n"
-        "def needs_package():\n"
-        "    import a_package_that_is_missing\n"
-        "def raises():\n"
-        "    raise RuntimeError('the weights\\nare gone')\n"
+        f"""import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from kit.demo import SmallViT
+
+def small_vit(size=224):
+    torch.manual_seed(0)
+    return SmallViT(classes=2, size=size, patch=56, width=16, depth=3, heads=2)
+
+class Chunk(torch.nn.ModuleList):
+    def forward(self, x):
+        for block in self:
+            x = block(x)
+        return x
+
+def chunked_vit():
+    vit = small_vit()
+    vit.blocks = torch.nn.ModuleList([Chunk(vit.blocks[:1]), Chunk(vit.blocks[1:])])
+    return vit
+
+def fails():
+    return small_vit(96)
+
+def exits():
+    sys.exit('no licence')
+
+def no_vit():
+    return torch.nn.Linear(2, 2)
+
+def needs_package():
+    import a_package_that_is_missing
+"""
     )
     return folder
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    return SmallViT(classes=5, size=16, patch=4, width=24, depth=3, heads=2).eval()
 
 
 def make_quick(set_attribute=setattr):
@@ -111,26 +120,8 @@ def work(tmp_path, monkeypatch):
 
 def small_run(data, hub, *more) -> list[str]:
     """Arguments for reproduce.py; of an option given twice, the later holds."""
-    run = [
-        "--data",
-        data,
-        "--hub",
-        hub,
-        "--backbone",
-        "small_vit",
-        "--out",
-        "out",
-        "--top-k",
-        4,
-        "--epochs",
-        3,
-        "--device",
-        "cpu",
-        "--workers",
-        0,
-        *more,
-    ]
-    return list(map(str, run))
+    options = "--backbone small_vit --out out --top-k 4 --epochs 3 --device cpu --workers 0"
+    return ["--data", str(data), "--hub", str(hub), *options.split(), *map(str, more)]
 
 
 def refused(capsys, arguments, *words):

@@ -134,9 +134,9 @@ def last_layer_alone(world, seed):
         sae = train_sae(train, Training(4, l1=0.2, batch_size=128, seed=seed), title=None)
         profile = profile_latents(sae.encode, val.batches(2048), labels["val"], len(tree.classes))
     responses = responses_of(profile)
-    value = Placed(responses, tree).summary()[MAIN]
-    draws = [Placed(responses, other).summary()[MAIN] for other in scores.permuted_trees(tree)]
-    p = (1 + sum(draw <= value for draw in draws)) / (1 + len(draws))
+    trees = [tree, *scores.permuted_trees(tree)]
+    value, *draws = (Placed(responses, each).summary()[MAIN] for each in trees)
+    p = (1 + sum(draw <= value for draw in draws)) / len(trees)
     verdict = "holds" if p <= 0.05 else "open"
     return [{"claim": "the hierarchy is there", "verdict": verdict, "p_value": p, "value": value}]
 

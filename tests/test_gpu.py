@@ -1,16 +1,18 @@
-"""The paper's sizes on tensors without values: what they take of a card's memory."""
+"""The paper's sizes on tensors without values: what they take of a card's memory; a GPU."""
 
 import weakref
-from unittest import mock
 
 import pytest
 import torch
+from pytest import approx
+from test_recording import Images
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinov2_hooks import class_tokens, load_backbone, relevancy_maps
-from sae import Statistics, Training, train_sae
+from dinov2_hooks import class_tokens, finish, load_backbone, record, relevancy_maps
+from metrics import profile_latents
+from sae import ActivationBuffer, Statistics, Training, train_sae
 
 ROWS = 1_281_167  # of ImageNet-1k's training images
 
@@ -64,32 +66,35 @@ def test_the_papers_sae_trains_in_little_memory(precision, monkeypatch):
     assert tokens + 4 * weights < memory.peak < 1.5 * (tokens + 4 * weights) < 8.5e9
 
 
-@pytest.fixture
-def vit_g(dinov2):
-    """ViT-g with DINOv2's own code, in a FakeTensorMode, without filling in its weights."""
-
-    def load():
-        with (
-            mock.patch("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **more: tensor),
-        ):
-            return load_backbone("dinov2_vitg14", str(dinov2), pretrained=False)
-
-    return load
-
-
 @pytest.mark.filterwarnings("ignore:xFormers")
-def test_vit_g_records_in_little_memory(vit_g):
-    with FakeTensorMode(), Memory() as memory, torch.inference_mode():
-        tokens = class_tokens(vit_g(), torch.empty(64, 3, 224, 224), range(40))
-    assert tokens.shape == (40, 64, 1536)
-    assert 4 * 1.1e9 < memory.peak < 8e9, memory.peak
-
-
-@pytest.mark.filterwarnings("ignore:xFormers")
-def test_maps_of_vit_g_take_little_memory(vit_g):
-    """Two images at once, in the last layer, as the report draws them."""
+@pytest.mark.parametrize("images", [64, 2], ids=["recorded", "maps of the last layer"])
+def test_vit_g_takes_little_memory(dinov2, images, monkeypatch):
+    """With DINOv2's own code; two images at once are in the report's maps."""
+    monkeypatch.setattr("torch.nn.init._no_grad_trunc_normal_", lambda tensor, *_, **more: tensor)
+    monkeypatch.setattr("torch.nn.Module.float", lambda module: module)  # which it is
     with FakeTensorMode(), Memory() as memory:
-        images = torch.empty(2, 3, 224, 224)
-        maps = relevancy_maps(vit_g(), images, 39, lambda x: x[:, 0])
-    assert maps.shape == (2, 16, 16)
+        vit = load_backbone("dinov2_vitg14", str(dinov2), pretrained=False)
+        x = torch.empty(images, 3, 224, 224)
+        if images == 2:
+            assert relevancy_maps(vit, x, 39, lambda x: x[:, 0]).shape == (2, 16, 16)
+        else:
+            with torch.inference_mode():
+                assert class_tokens(vit, x, range(40)).shape == (40, 64, 1536)
     assert 4 * 1.1e9 < memory.peak < 8e9, memory.peak
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_records_trains_and_scores_as_the_cpu_does(vit, tmp_path):
+    """Up to autocast, up to rounding, and alike."""
+    images, tokens, losses, counts = Images(torch.randn(300, 3, 16, 16)), [], [], []
+    for device, precision in (("cpu", "float32"), ("cuda", "float16")):
+        record(vit.to(device), images, tmp_path / device, [2], precision)
+        finish(tmp_path / device, [2])
+        tokens.append(ActivationBuffer(tmp_path / device / "layer_02.npy").rows_at(slice(None)))
+        buffer = ActivationBuffer(tmp_path / "cpu/layer_02.npy", device)
+        losses.append(train_sae(buffer, Training(epochs=20, batch_size=50)).history[-1]["loss"])
+        profile = profile_latents(torch.relu, buffer.batches(64), torch.arange(300) % 7, 7)
+        counts.append(profile.counts.cpu())
+    cpu, gpu = tokens
+    assert (gpu - cpu).norm() < 0.02 * cpu.norm() and losses[0] == approx(losses[1], rel=0.02)
+    assert torch.equal(*counts)

@@ -59,20 +59,19 @@ def test_published_loaded_and_scored(data, hub, work, remote, capsys):
     layers = ("--layers", "0,2")
     assert main(small_run(data, hub, *layers, "--push-to-hub", "me/saes")) == 0
     assert "Published: https://huggingface.co/me/saes" in capsys.readouterr().out
-    files = {}
-    for path in (remote / "me/saes").rglob("*.*"):
-        files[str(path.relative_to(remote / "me/saes"))] = path.read_bytes()
+    repo = remote / "me/saes"
+    files = {str(path.relative_to(repo)): path.read_bytes() for path in repo.rglob("*.*")}
     (saes,) = Path("out/saes").iterdir()
+    (results,) = Path("out/results").iterdir()
     for name in ("layer_00/config.json", "layer_02/model.safetensors"):
         assert files[name] == (saes / name).read_bytes()
-    (results,) = Path("out/results").iterdir()
     assert files["results/claims.csv"] == (results / "claims.csv").read_bytes()
     card = files["README.md"].decode()
     assert card.startswith("---\nlicense: mit") and "| claim |" in card
     assert 'from_pretrained("me/saes", subfolder="layer_02")' in card
-    for content in files.values():  # nothing of this machine, and no photographs
+    for name, content in files.items():  # nothing of this machine, and no photographs
         assert str(work).encode() not in content and str(hub).encode() not in content
-    assert not [name for name in files if name.endswith((".html", ".json.part"))]
+        assert not name.endswith((".html", ".json.part"))
 
     about = SparseAutoencoder.from_pretrained("me/saes", subfolder="layer_02").about
     assert (about["layer"], about["backbone"]) == (2, "small_vit")
@@ -87,30 +86,32 @@ def test_the_hub_out_of_reach(data, hub, work, capsys, monkeypatch):
     def refuse(*given, **more):
         raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required\nmore")
 
-    monkeypatch.setattr("kit.hub.snapshot_download", refuse)
-    monkeypatch.setattr("huggingface_hub.HfApi.whoami", refuse)
+    for name in ("kit.hub.snapshot_download", "huggingface_hub.HfApi.whoami"):
+        monkeypatch.setattr(name, refuse)
     for option in ("--saes", "--push-to-hub"):
         words = "Hugging Face: Token is required (`hf auth login`"
         refused(capsys, small_run(data, hub, option, "me/saes"), words)
 
 
 def test_saes_from_a_folder(data, hub, work, capsys):
-    assert main(small_run(data, hub, "--layers", "0,1")) == 0
+    run = small_run(data, hub, "--layers", "0,1")
+    assert main(run) == 0
     (saes,) = Path("out/saes").iterdir()
-    other = ["--saes", str(saes), "--backbone", "chunked_vit", "--out", "scored"]
-    assert main(small_run(data, hub, "--layers", "0", *other)) == 0
+    other = ["--layers", "0", "--saes", str(saes), "--backbone", "chunked_vit", "--out", "scored"]
+    assert main([*run, *other]) == 0
     said = capsys.readouterr().out
     assert "layer_00 was trained on small_vit, and is scored on chunked_vit" in said
-    run = small_run(data, hub, "--layers", "0,1", "--out", "never", "--saes")
-    refused(capsys, [*run, "no where"], "Hugging Face: ")
-    refused(capsys, [*run, str(hub)], "there is no SAE in", "layer_00")
     shutil.copytree(saes, "broken")
     Path("broken/layer_01/model.safetensors").write_bytes(b"\x80\x04pickle")
-    refused(capsys, [*run, "broken"], "layer_01 is damaged, or of another kind")
-    Path("swapped").mkdir()
-    for a, b in (("layer_00", "layer_01"), ("layer_01", "layer_00")):
-        shutil.copytree(saes / a, Path("swapped") / b)
-    refused(capsys, [*run, "swapped"], "layer_00 was trained on layer 1")
+    for a, b in ((0, 1), (1, 0)):
+        shutil.copytree(saes / f"layer_0{a}", f"swapped/layer_0{b}")
     SparseAutoencoder(17, 8).save_pretrained("wide/layer_00")
-    refused(capsys, [*run, "wide"], "layer_00 is for tokens of width 17, not 16")
+    for folder, *words in (
+        ("no where", "Hugging Face: "),
+        (str(hub), "there is no SAE in", "layer_00"),
+        ("broken", "layer_01 is damaged, or of another kind"),
+        ("swapped", "layer_00 was trained on layer 1"),
+        ("wide", "layer_00 is for tokens of width 17, not 16"),
+    ):
+        refused(capsys, [*run, "--out", "never", "--saes", folder], *words)
     assert not Path("never/scores").exists()

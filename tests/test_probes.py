@@ -4,120 +4,80 @@ import numpy as np
 import pytest
 import torch
 from conftest import imagenet1k
+from pytest import approx
 
-from kit.probes import Units, best_threshold, class_draws, fit_probes, hits_of, iou_of, probe_rows
+from kit.probes import best_threshold, class_draws, iou_of, probe_rows
 from metrics import leaves_of
 from sae import ActivationBuffer
 from taxonomy import Taxonomy
 
 TREE = Taxonomy.from_wnids(imagenet1k()[150:270:6])  # 20 dogs
-NODES = TREE.hypernyms_to_find
-LEAVES = leaves_of(TREE, NODES)
-ONCE = torch.ones(20, 1)
-
-
-def buffers(tmp_path, train, val):
-    for split, tokens in (("train", train), ("val", val)):
-        np.save(tmp_path / f"{split}.npy", tokens.astype(np.float16))
-    return [ActivationBuffer(tmp_path / f"{split}.npy") for split in ("train", "val")]
-
-
-def hits_by_count(train, val, labels, leaves, counts):
-    """Fitted on train, counted on val."""
-    units = Units(lambda x: x, train, labels["train"], 20)
-    fitted = fit_probes(units, leaves, counts)
-    return hits_of(fitted, units, val, torch.from_numpy(labels["val"]), 20)
 
 
 def overlap(yes, under):
     return (yes & under).sum() / max((yes | under).sum(), 1)
 
 
-@pytest.mark.parametrize("step", [0, 0.5])  # with many values level, as a ReLU's zeros are
-def test_the_best_threshold_against_a_loop_over_all_values(step):
+@pytest.mark.parametrize("decimals", [9, 0])  # with many values level, as a ReLU's zeros are
+def test_the_best_threshold_against_a_loop_over_all_values(decimals):
     rng = np.random.default_rng(0)
     for _ in range(20):
         under = rng.random(60) < 0.3
-        values = rng.normal(size=60) + under
-        values = np.maximum(np.round(values / step) * step, 0) if step else values
+        values = np.maximum(rng.normal(size=60) + under, 0).round(decimals)
         best = max(overlap(values >= t, under) for t in values)
         threshold = float(best_threshold(torch.from_numpy(values), torch.from_numpy(under)))
-        assert overlap(values >= threshold, under) == pytest.approx(best)
+        assert overlap(values >= threshold, under) == approx(best)
     assert best_threshold(torch.ones(3), torch.zeros(3, dtype=torch.bool)) == torch.inf
 
 
 def test_probes_against_numpy(tmp_path):
-    """Units ranked, ridge, threshold: all on training tokens alone."""
+    """Units ranked, ridge, threshold: all on training tokens alone, from which val's differ."""
     rng = np.random.default_rng(1)
-    labels = {"train": rng.integers(0, 20, 500), "val": rng.integers(0, 20, 300)}
-    codes = rng.normal(size=(20, 9))
-    tokens = {split: 3 + codes[y] + rng.normal(size=(len(y), 9)) for split, y in labels.items()}
-    train, val = buffers(tmp_path, tokens["train"], tokens["val"])
-    hits = hits_by_count(train, val, labels, LEAVES, (1, 4, None))
-    x, x_val = (np.load(tmp_path / f"{split}.npy").astype(float) for split in ("train", "val"))
-    mean, deviation = x.mean(0), x.std(0)
-    x, x_val = (x - mean) / deviation, (x_val - mean) / deviation
-    for count, hit in hits.items():
-        expected = []
-        for v in NODES:
-            under = TREE.leaves[v][labels["train"]]
-            units = np.argsort(-abs(x[under].mean(0)))[:count]
-            z = x[:, units]
-            weights = np.linalg.solve(
-                z.T @ z + 0.5 * np.eye(z.shape[1]), z.T @ (under - under.mean())
-            )
-            values = z @ weights
-            best = max(sorted(values), key=lambda t: overlap(values >= t, under))
-            yes = x_val[:, units] @ weights >= best
-            expected.append(overlap(yes, TREE.leaves[v][labels["val"]]))
-        images = torch.bincount(torch.from_numpy(labels["val"])).float()
-        iou = iou_of(hit, images, LEAVES, ONCE)[:, 0]
-        assert iou.numpy() == pytest.approx(np.array(expected), abs=0.02)  # half precision
-    same = TREE.permuted(np.arange(20))
-    rows, draws = probe_rows("neurons", lambda x: x, train, val, labels, TREE, same)
-    large = TREE.leaves[NODES].sum(1) >= 5
-    assert [row["units"] for row in rows] == [1, 4, 16, 9] * 2 and rows[3]["dictionary"] == "token"
-    assert rows[3]["iou"] == pytest.approx(float(iou[large].mean()))
-    assert rows[3]["iou_small"] == pytest.approx(float(iou[~large].mean()))
-    assert rows[3]["above_half"] == (iou > 0.5).sum() and rows[3]["best"] == iou.max()
-    assert draws[0] == pytest.approx(rows[0]["iou"]) and len(draws) == 1001
+    codes, labels, tokens, buffers = rng.normal(size=(20, 9)), {}, {}, []
+    for split, count, moved in (("train", 500, 0), ("val", 300, 0.5)):
+        labels[split] = rng.integers(0, 20, count)
+        x = 3 + moved + codes[labels[split]] + rng.normal(size=(count, 9))
+        np.save(tmp_path / f"{split}.npy", x.astype(np.float16))
+        buffers.append(ActivationBuffer(tmp_path / f"{split}.npy"))
+        tokens[split] = (x - 3) / 3
+    permuted = TREE.permuted(rng.permutation(20))
+    rows, draws = probe_rows("neurons", lambda x: x, *buffers, labels, TREE, permuted)
+    mean, deviation = tokens["train"].mean(0), tokens["train"].std(0)
+    x, x_val = ((tokens[split] - mean) / deviation for split in ("train", "val"))
+
+    def probe(leaves, count):
+        under = leaves[labels["train"]]
+        units = np.argsort(-abs(x[under].mean(0)))[:count]
+        z = x[:, units]
+        weights = np.linalg.solve(z.T @ z + 0.5 * np.eye(z.shape[1]), z.T @ under)
+        best = max(z @ weights, key=lambda t: overlap(z @ weights >= t, under))
+        return overlap(x_val[:, units] @ weights >= best, leaves[labels["val"]])
+
+    large = TREE.leaves[TREE.hypernyms_to_find].sum(1) >= 5
+    given = [(tree, units) for tree in (TREE, permuted) for units in (1, 4, 16, None)]
+    for row, (tree, units) in zip(rows, given, strict=True):
+        iou = np.array([probe(tree.leaves[v], units) for v in tree.hypernyms_to_find])
+        expected = {"units": units or 9, "dictionary": "neurons" if units else "token"}
+        expected |= {"tree": "wordnet" if tree is TREE else "permuted"}
+        assert expected.items() <= row.items()
+        numbers = iou[large].mean(), iou[~large].mean(), iou.max()
+        ours = [row[name] for name in ("iou", "iou_small", "best")]
+        assert ours == approx(numbers, abs=0.01)  # half precision
+        assert row["above_half"] == (iou > 0.5).sum()
+    assert draws[0] == approx(rows[0]["iou"]) and len(draws) == 1001
     assert abs(draws.mean() - rows[0]["iou"]) < 0.1
-
-
-def test_one_planted_unit_is_enough_and_a_permuted_tree_is_not_told(tmp_path):
-    rng = np.random.default_rng(0)
-    labels = rng.permutation(np.arange(20).repeat(30))
-    planted = TREE.leaves[NODES][:, labels].T * (1 + rng.random((600, len(NODES))))
-    train, val = buffers(tmp_path, planted, planted[::-1])
-    labels = {"train": labels, "val": labels[::-1].copy()}
-    images = torch.full((20,), 30.0)
-    hits = hits_by_count(train, val, labels, LEAVES, (1,))[1]
-    assert (iou_of(hits, images, LEAVES, ONCE) == 1).all()
-    leaves = LEAVES[:, torch.from_numpy(rng.permutation(20))]
-    hits = hits_by_count(train, val, labels, leaves, (1,))[1]
-    assert iou_of(hits, images, leaves, ONCE).mean() < 0.7
-
-
-def test_the_threshold_never_saw_validation(tmp_path):
-    """Validation tokens moved by a constant: a threshold chosen on them would move along."""
-    rng = np.random.default_rng(0)
-    labels = rng.permutation(np.arange(20).repeat(30))
-    planted = TREE.leaves[NODES][:, labels].T.astype(float)
-    train, val = buffers(tmp_path, planted, planted - 5)
-    hits = hits_by_count(train, val, {"train": labels, "val": labels}, LEAVES, (1,))
-    assert (iou_of(hits[1], torch.full((20,), 30.0), LEAVES, ONCE) < 0.6).all()
 
 
 def test_the_bootstrap_over_classes_by_hand():
     draws, rng = class_draws(20), np.random.default_rng(0)
     assert draws.shape == (20, 1001) and (draws.sum(0) == 20).all() and (draws[:, 0] == 1).all()
-    images = torch.full((20,), 10.0)
-    hits = torch.from_numpy(rng.integers(0, 11, (len(NODES), 20))).float()
-    iou = iou_of(hits, images, LEAVES, draws)
-    for h, d in ((0, 0), (2, 7), (3, 20)):
-        weights = draws[:, d]
-        both = sum(weights[c] * hits[h, c] for c in range(20) if LEAVES[h, c])
-        under = sum(weights[c] * 10 for c in range(20) if LEAVES[h, c])
-        either = (weights * hits[h]).sum() + under - both
-        assert iou[h, d] == pytest.approx(float(both / either)) if under else iou[h, d].isnan()
     assert torch.equal(class_draws(20), draws)
+    leaves = leaves_of(TREE, TREE.hypernyms_to_find)
+    hits = torch.from_numpy(rng.integers(0, 11, leaves.shape)).float()
+    iou = iou_of(hits, torch.full((20,), 10.0), leaves, draws)
+    for h, d in ((0, 0), (2, 7), (3, 20)):
+        drawn = [c for c in range(20) for _ in range(int(draws[c, d]))]
+        both = sum(hits[h, c] for c in drawn if leaves[h, c])
+        under = sum(10 for c in drawn if leaves[h, c])
+        either = under + sum(hits[h, c] for c in drawn if not leaves[h, c])
+        assert iou[h, d] == approx(float(both / either)) if under else iou[h, d].isnan()

@@ -41,9 +41,8 @@ def test_one_fails_with_its_sentence_and_started_again_two_come_to_the_results_o
     for split, count in [("train", 40), ("val", 5)]:  # 160 are three batches
         for wnid in WNIDS:
             write_images(work / "data" / split / wnid, count)
-    arguments = "--layers", "0,2", "--seeds", "2", "--out"
-    assert reproduce.main(small_run("data", hub, *arguments, "one")) == 0
-    run = small_run("data", hub, *arguments, "out")
+    run = small_run("data", hub, "--layers", "0,2", "--seeds", "2")
+    assert reproduce.main([*run, "--out", "one"]) == 0
     bad = Path("data/train", find_images("data")[0].names[100])  # in the second batch
     content = bad.read_bytes()
     bad.write_bytes(b"\0" * len(content))  # of one size: as far as is known, the same images

@@ -45,19 +45,17 @@ def trained(train, val, labels, tree, training):
     """A row: what became of one training."""
     sae = train_sae(train, training, title=None)
     x = val.rows_at(slice(None))
-    with torch.no_grad():
-        loss = loss_of(sae, sae.normalise(x), training.l1 if sae.top_k is None else 0)
-        x_hat, z = sae(x)
+    loss = loss_of(sae, sae.normalise(x), training.l1 if sae.top_k is None else 0).total
+    x_hat, z = sae(x)
     fvu = (x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
+    l0, dead = (z > 0).sum(1).float().mean(), (z == 0).all(0).float().mean()
     profile = profile_latents(sae.encode, val.batches(2048), labels, len(tree.classes))
-    placed = Placed(responses_of(profile), tree)
+    matched = Placed(responses_of(profile), tree).choice.matched.sum()
     steps = training.epochs * train.batches_of_an_epoch(training.batch_size)
-    values = [loss.total, fvu, (z > 0).sum(1).float().mean(), (profile.fires == 0).float().mean()]
-    loss, fvu, l0, dead = map(float, values)
     lr = training.lr or learning_rate(len(sae.b_enc), steps, sae.top_k)
     return (
         f"| {lr:.2g} | {steps:,} | {training.seed} | {loss:.4f} | {fvu:.4f} | {l0:.1f} | "
-        f"{dead:.1%} | {placed.choice.matched.sum()} |"
+        f"{dead:.1%} | {matched} |"
     )
 
 
