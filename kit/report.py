@@ -6,7 +6,6 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-import numpy as np
 import torch
 from matplotlib import colormaps
 from torch.nn.functional import interpolate

@@ -22,7 +22,7 @@ def moved(data, to):
     """Val's images in one flat folder; returns [(name, wnid)]."""
     to.mkdir(parents=True, exist_ok=True)
     listed = []
-    for path in sorted((data / "val").glob("n*/*")):
+    for path in sorted((data / "val").glob("n*/*"))[::-1]:  # the first is of the last class
         listed.append((f"val_{len(listed):04d}", path.parent.name))
         path.rename(to / f"{listed[-1][0]}.png")
     remove(data, "val/n*")

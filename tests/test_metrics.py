@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import imagenet1k
 from pytest import approx
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import metrics
 from kit.readings import readings
@@ -369,7 +370,15 @@ def test_probe_on_separable_and_on_random_labels(tmp_path):
     assert accuracy(on_disk, rng.permutation(labels[:2000])) < 0.35  # luck: a majority's label
     other = labels[:511].copy()  # in two batches: every row counts
     other[510] = (other[510] + 1) % 10
+    groups = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *given: groups.append(optimizer.param_groups[0].copy())
+    )
     assert not torch.equal(fit(tokens[:511], labels[:511], 9).W, fit(tokens[:511], other, 9).W)
+    hook.remove()
+    rates = 2e-3 * np.linspace(1, 0, 20, endpoint=False)  # ten epochs of two steps
+    assert [group["lr"] for group in groups] == approx(np.tile(rates, 2))
+    assert {group["weight_decay"] for group in groups} == {1e-2}
 
 
 def test_emergence_and_what_the_picture_shows():
@@ -429,3 +438,8 @@ def test_rows_of_latents_and_of_hypernyms(small_tree):
     assert not rows["animal"]["matched"] and rows["cat"]["best_latent"] is None
     (row,) = latent_rows(placed, profile)
     assert (row["hypernym"], row["match"], row["classes"]) == ("dog", 1, "d1 d2")
+    tree, _, _, profile = random_profile(2)
+    least = int(profile.fires.median())  # so that half of the latents are not alive
+    rows = latent_rows(place(profile._replace(fires=profile.fires - least), tree, k=1), profile)
+    assert 0 < len(rows) < 30
+    assert all(row["fires"] == profile.fires[row["latent"]] > least for row in rows)

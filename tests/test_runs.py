@@ -87,12 +87,22 @@ def test_weights_and_trees_by_all_that_they_are():
     def exchanged(model):
         model.blocks = torch.nn.ModuleList(reversed(model.blocks))
 
+    def last_number(model):
+        model.blocks[1].qkv.weight.data[-1, -1] += 1
+
     def renamed(model):
         model.last = model.head
         del model.head
 
     assert vit() == vit()
-    for change in (of_the_same_sum, exchanged, renamed, SmallViT.half, SmallViT.bfloat16):
+    for change in (
+        of_the_same_sum,
+        exchanged,
+        last_number,
+        renamed,
+        SmallViT.half,
+        SmallViT.bfloat16,
+    ):
         assert vit(change) != vit()
     tree = Taxonomy.from_wnids(WNIDS)
     assert tree_of(tree) == tree_of(Taxonomy.from_wnids(WNIDS))

@@ -82,6 +82,8 @@ def test_history_of_training(buffer):
     )
     assert len(long) == len(frozen) == 20 and long[-1] < 0.5 * long[0]
     assert frozen[-1] == approx(frozen[0], rel=0.05)
+    one = Training(activation="topk-1", epochs=1, batch_size=10)  # of 70 steps, 4 are a row
+    assert all(row["dead"] >= 1 - 40 / 96 for row in train_sae(buffer, one, title=None).history)
 
 
 def test_learning_rate_of_the_default(buffer):

@@ -14,7 +14,6 @@ from conftest import ROOT, WNIDS, small_run, write_images
 
 import reproduce
 from kit import look
-from kit.data import find_images
 from kit.tables import write_csv
 from metrics import linear_probe
 from sae import SparseAutoencoder, learning_rate
@@ -60,13 +59,14 @@ def rows_of(pattern):
         return list(csv.DictReader(file))
 
 
-def test_scripts_on_the_folder_of_a_run(data, hub, work, script):
+def test_scripts_on_the_folder_of_a_run(data, hub, work, script, monkeypatch):
     """kit.compare on two settings, and tests/training.py on the tokens of layers 1 and 2."""
     rates = []
     for name in ("reproduce.learning_rate", "sae.learning_rate"):
         monkeypatch.setattr(name, lambda *given: rates.append(given) or learning_rate(*given))
     for more in (["--seeds", "2"], ["--activation", "topk-4"], ["--l1", "0.3"]):
         assert reproduce.main(small_run(data, hub, *more)) == 0
+    assert rates[::2] == rates[1::2]  # what config.json says is what the SAE is trained with
     for nothing in ([], ["nowhere"]):
         code, said = script("kit.compare", *nothing)
         assert code == 2 and "give output folders of runs" in said
@@ -114,6 +114,16 @@ def test_own_images(data, hub, work, script):
     ):
         code, said = script("kit.look", *arguments)
         assert code == 2 and words in said
+
+
+def test_latents_are_named_in_their_own_layer(tmp_path):
+    rows = []
+    for layer, latent, term in ((1, 5, "dog"), (1, 6, "cat"), (2, 5, "bird"), (2, 7, "")):
+        row = {"layer": layer, "latent": latent, "hypernym": term, "classes": "wren"}
+        rows.append(row | {"match": 0.5 if term else ""})
+    write_csv(tmp_path / "latents.csv", rows)
+    names = look.names_in(tmp_path / "latents.csv", 2)
+    assert names == {5: "bird (match 0.50)", 7: "no general term; classes: wren (match 0.00)"}
 
 
 def test_walkthrough(data, hub, work, monkeypatch, capsys):

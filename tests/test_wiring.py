@@ -1,5 +1,7 @@
 """What closed forms do not see: which numbers meet which, in training, scores, claims, figures."""
 
+import base64
+import io
 import itertools
 import re
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from kit.claims import claims_of
 from kit.data import Split
 from kit.demo import SmallViT
 from kit.probes import probe_rows
-from kit.report import write_page
+from kit.report import overlaid, write_page
 from kit.rows import terms_of
 from metrics import METRICS, relate
 from reproduce import parse_settings, trainings_of
@@ -126,7 +128,7 @@ def plain_height(z, labels, tree, k):
     return np.mean(heights)
 
 
-def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path):
+def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path, monkeypatch):
     """Train and val differ, so that nothing can be taken from the wrong one unseen."""
     rng = np.random.default_rng(3)
     codes, labels, tokens = TREE.leaves.T @ rng.normal(size=(len(TREE.wnids), 10)), {}, []
@@ -142,6 +144,8 @@ def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path):
     classify = torch.from_numpy(rng.normal(size=(10, C))).float()
     layer = train, val, train.statistics(), lambda x: (x - 5) @ classify
     where = {"layer": 3, "seed": 7}
+    met = []
+    monkeypatch.setattr(scores, "relate", lambda *given: met.append(given[:2]) or relate(*given))
     made = scores.score_layer(where, sae, layer, labels, TREE, scores.permuted_trees(TREE), 8, 0.5)
     # the dictionaries, thresholds from train
     x, x_val = tokens
@@ -162,6 +166,9 @@ def test_a_layer_scored_end_to_end_against_a_plain_loop(tmp_path):
     probes = []
     for name, trees in (("sae", 40), ("neurons", 10), ("untrained", 10)):
         z = encode[name](x_val).numpy()
+        units, read = met.pop(0)  # thresholds are train's, the top images of relations val's
+        fires = (units(x_val) > 0).sum(0).numpy()
+        assert abs(fires - (z > 0).sum(0)).max() <= 1 and read == val.rows_at
         own, *others = [plain_height(z, labels["val"], t, 8) for t in [TREE, *permuted[:trees]]]
         for tree, height in (("wordnet", own), ("permuted", np.mean(others))):
             assert rows[name, tree]["lch_height_between"] == approx(height, abs=0.03)
@@ -320,8 +327,10 @@ def test_the_page_shows_the_latent_of_the_row(tmp_path, monkeypatch):
     """Whose map, of which layer; tiles in the order of the top images; what is outside."""
     under = TREE.hypernyms_to_find[0]
     (first, second, *_), (other, *_) = (np.flatnonzero(TREE.leaves[under] == x) for x in (1, 0))
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    val = Split(tmp_path, ["a.png"] * 6, np.repeat([first, other, second], 2))
+    colour = 210, 40, 120
+    Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png")
+    labels = np.repeat([other, first, other, second], [1, 2, 2, 2])  # the first is left out
+    val = Split(tmp_path, ["a.png"] * 7, labels)
     vit = SmallViT(classes=2, size=16, patch=4, width=6, depth=3, heads=2)
     inputs = SimpleNamespace(
         model=vit, transform=eval_transform(16, 16), val=val, tree=TREE, layers=[1, 2], note=""
@@ -348,7 +357,7 @@ def test_the_page_shows_the_latent_of_the_row(tmp_path, monkeypatch):
     record = {"settings": settings, "hypernyms": rows, "claims": [claim]}
 
     def page():
-        write_page(tmp_path, "title", inputs, record, tmp_path, np.arange(6), {}, ["answer"], {})
+        write_page(tmp_path, "title", inputs, record, tmp_path, np.arange(1, 7), {}, ["answer"], {})
         return (tmp_path / "report.html").read_text()
 
     text = page()
@@ -362,5 +371,8 @@ def test_the_page_shows_the_latent_of_the_row(tmp_path, monkeypatch):
     assert "the term: 2 of 3 top images" in text
     assert f"Responds to: {first}. Outside the term: {other}." in text
     assert len(re.findall('class="c[58] m"', text)) == 2
+    grey, maps = torch.full((2, 3, 8, 8), 0.5), torch.rand(2, 4, 4)  # each on its own scale
+    louder = maps * torch.tensor([1.0, 9])[:, None, None]
+    torch.testing.assert_close(overlaid(grey, louder), overlaid(grey, maps))
     monkeypatch.setattr("kit.report.relevancy_maps", lambda *given: 1 / 0)
     assert "No maps: ZeroDivisionError" in page()
