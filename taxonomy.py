@@ -166,7 +166,6 @@ class Taxonomy:
         np.fill_diagonal(pairs, self.classes)
         return pairs
 
-
     def heights_of_pairs(self, height):
         """height (V,) of nodes -> (C, C), that of the LCH of every pair of classes; 0 for twice the
         same, also if the class is an inner node."""

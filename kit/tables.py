@@ -131,8 +131,8 @@ def terms_with_a_latent(tables, last):
         counts[tree] = values_of(tables["hierarchy"], "hypernyms_matched", **where).mean()
     l0, count = last_layer_of(tables)
     sentence = (
-        f"{count:.3g} of {len(rows)} general terms{examples} have a latent of their own in the last "
-        f"layer, confirmed on images it was not chosen on; by chance "
+        f"{count:.3g} of {len(rows)} general terms{examples} have a latent of their own in the "
+        f"last layer, confirmed on images it was not chosen on; by chance "
         f"{counts['permuted']:.2g}, in an untrained SAE {counts['wordnet']:.3g}. That is at "
         f"{l0:.3g} active latents per image (L0).")
     others = sorted(tables["others"]["(L0, matched)"])

@@ -69,6 +69,23 @@ def change(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
+def check_answer(said, layers, hierarchy):
+    """The numbers of the answer are those of the tables."""
+    claim = read_csv("claims")[0]
+
+    def last(dictionary, tree):
+        where = {"layer": "2", "dictionary": dictionary, "tree": tree}
+        chosen = [row for row in hierarchy if where.items() <= row.items()]
+        return cell(np.mean([float(row["lch_height_between"] or "nan") for row in chosen]))
+
+    assert f"are {float(claim['value']):.3g} edges apart" in said
+    assert f"under permuted trees {float(claim['permuted']):.3g}, as" in said
+    for name, words in (("untrained", "The untrained SAE has"), ("neurons", "raw neurons")):
+        assert f"{words} {last(name, 'wordnet')} (permuted {last(name, 'permuted')})" in said
+    fvu = np.mean([float(row["fvu"]) for row in layers[-2:]])
+    assert f"leaves {fvu:.0%} of the variance" in said
+
+
 def test_whole_run(data, hub, capsys):
     assert main(small_run(data, hub, "--seeds", "2", "--seed", "4")) == 0
     columns = {
@@ -111,20 +128,7 @@ def test_whole_run(data, hub, capsys):
     assert over_seeds(heights) in one("results/*/tables.md").read_text()
     said = capsys.readouterr().out
     assert "report.html" in said and max(map(len, said.splitlines()[-9:])) <= 99
-    # the numbers of the answer are those of the tables
-    said, claim = " ".join(said.split()), read_csv("claims")[0]
-
-    def last(dictionary, tree):
-        where = {"layer": "2", "dictionary": dictionary, "tree": tree}
-        chosen = [row for row in hierarchy if where.items() <= row.items()]
-        return cell(np.mean([float(row["lch_height_between"] or "nan") for row in chosen]))
-
-    assert f"are {float(claim['value']):.3g} edges apart" in said
-    assert f"under permuted trees {float(claim['permuted']):.3g}, as" in said
-    for name, words in (("untrained", "The untrained SAE has"), ("neurons", "raw neurons")):
-        assert f"{words} {last(name, 'wordnet')} (permuted {last(name, 'permuted')})" in said
-    fvu = np.mean([float(row["fvu"]) for row in layers[-2:]])
-    assert f"leaves {fvu:.0%} of the variance" in said
+    check_answer(" ".join(said.split()), layers, hierarchy)
     assert not [*Path("out").rglob("*.part")]
 
     # the SAE's statistics are the train split's, and it takes raw tokens
