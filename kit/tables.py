@@ -113,7 +113,7 @@ def is_other_sparsity(tables, others):
 
 
 def as_kin(tables, value):
-    """A height in words: two classes that far apart."""
+    """A height in words: two classes that meet there."""
     row = min(tables["heights"], key=lambda row: abs(row["height"] - value))
     return f"as {row['a']} and {row['b']} ({row['height']})"
 
@@ -165,7 +165,7 @@ def findings(tables, layers):
     answer = answer.get(main["verdict"], main["verdict"])
     spread = mean(MAIN, tree="permuted_sd") or np.nan
     sentences.append(
-        f"Two of a latent's top images, of different classes, are {main['value']:.3g} edges apart "
+        f"Two of a latent's top images, of different classes, meet {main['value']:.3g} edges up "
         f"in the last layer, {as_kin(tables, main['value'])}; under permuted trees "
         f"{main['permuted']:.3g}, {as_kin(tables, main['permuted'])}, "
         f"{abs(main['permuted'] - main['value']) / spread:.2g} standard deviations away (p = "

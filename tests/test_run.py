@@ -78,7 +78,7 @@ def check_answer(said, layers, hierarchy):
         chosen = [row for row in hierarchy if where.items() <= row.items()]
         return cell(np.mean([float(row["lch_height_between"] or "nan") for row in chosen]))
 
-    assert f"are {float(claim['value']):.3g} edges apart" in said
+    assert f"meet {float(claim['value']):.3g} edges up" in said
     assert f"under permuted trees {float(claim['permuted']):.3g}, as" in said
     for name, words in (("untrained", "The untrained SAE has"), ("neurons", "raw neurons")):
         assert f"{words} {last(name, 'wordnet')} (permuted {last(name, 'permuted')})" in said
