@@ -170,12 +170,12 @@ def html_table(rows):
 
 
 def sentence_of_claim(row):
-    beside = "" if row["permuted"] is None else f", permuted {cell(row['permuted'])}"
-    low = row.get("low")
-    if low is not None and low == low:
-        beside += f", interval {cell(low)} to {cell(row['high'])}"
-    mark = MARKS.get(row["verdict"], "–")
-    return f"{mark} {row['claim']}: {row['verdict']} ({cell(row['value'])}{beside})"
+    value = cell(row["value"])
+    if row["permuted"] is not None:
+        value += f", permuted {cell(row['permuted'])}"
+    if row["low"] is not None:
+        value += f", {cell(row['low'])} to {cell(row['high'])}"
+    return f"{MARKS.get(row['verdict'], '–')} {row['claim']}: {row['verdict']} ({value})"
 
 
 def write_page(folder, title, inputs, record, sae_folder, ids, shown, sentences, pictures):
@@ -216,8 +216,4 @@ def printed(sentences, claims):
     """The answer for a terminal of 80 columns."""
     lines = [textwrap.fill(text, 79) + "\n" for text in sentences]
     lines.append("✓ holds  ○ open  ✗ contradicted  – not tested")
-    for row in claims:
-        beside = "" if row["permuted"] is None else f" (permuted {cell(row['permuted'])})"
-        mark = MARKS.get(row["verdict"], "–")
-        lines.append(f"{mark} {row['claim']}: {cell(row['value'])}{beside}, {row['verdict']}")
-    return "\n".join(["", *lines])
+    return "\n".join(["", *lines, *map(sentence_of_claim, claims)])
