@@ -42,18 +42,18 @@ def claims(world, **more):
 
 
 SMALL = dict(classes=50, images={"train": 40, "val": 20})
-LAST = dict(layers=1, epochs=80, **SMALL)
+LAST = dict(layers=1, epochs=60, **SMALL)
 
 
 def test_a_world_without_a_hierarchy_earns_no_verdict_on_it(few_trees):
     """Random class codes; and features that follow another tree, in the last layer alone."""
-    for rows in (claims("flat", epochs=12, **SMALL), claims("other tree", **LAST)):
+    for rows in (claims("flat", epochs=8, **SMALL), claims("other tree", **LAST)):
         for row in rows.values():
             assert not (row.get("about_hierarchy") and row["verdict"] == "holds"), row
 
 
 def test_a_world_with_a_hierarchy_does(few_trees):
-    rows = claims("hierarchical", epochs=12, **SMALL)
+    rows = claims("hierarchical", epochs=8, **SMALL)
     main = rows["the hierarchy is there"]
     assert main["verdict"] == "holds" and main["value"] < main["permuted"] - 0.3
     assert rows["it grows with depth"]["verdict"] == "holds"

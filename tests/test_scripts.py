@@ -13,9 +13,8 @@ import torch
 from conftest import ROOT, WNIDS, small_run, write_images
 
 import reproduce
-from kit import look
+from kit import look, scores
 from kit.tables import write_csv
-from metrics import linear_probe
 from sae import SparseAutoencoder, learning_rate
 
 
@@ -36,7 +35,7 @@ def script(monkeypatch, capsys):
             return stop.code, "".join(capsys.readouterr())
         return 0, capsys.readouterr().out
 
-    monkeypatch.setattr("kit.scores.linear_probe", linear_probe)  # controls.py sets it
+    monkeypatch.setattr(scores, "linear_probe", scores.linear_probe)  # controls.py sets it
     return run
 
 
