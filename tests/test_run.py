@@ -1,7 +1,6 @@
 """Whole runs of reproduce.py on small images: its tables, what is made again, what is refused."""
 
 import csv
-import functools
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ from conftest import ROOT, WNIDS, refused, results, small_run, write_images
 import metrics
 import reproduce
 from kit import figures, scores
+from kit.figures import save
 from kit.inputs import parse_layers
 from kit.tables import cell, over_seeds
 from reproduce import main, parse_settings, trainings_of
@@ -170,11 +170,7 @@ def test_a_metric_is_one_function(data, hub, monkeypatch):
 
 
 def test_report_is_one_safe_file(data, hub, tmp_path, monkeypatch):
-    monkeypatch.undo()  # with figures
-    monkeypatch.setattr(
-        scores, "linear_probe", functools.partial(metrics.linear_probe, least_steps=3)
-    )
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(figures, "save", save)
     tricky = tmp_path / "<b>'\"&\udcff\n.d"
     data.rename(tricky)
     assert main(small_run(tricky, hub)) == 0
@@ -408,7 +404,8 @@ def test_home_and_a_figure_that_fails(data, hub, monkeypatch, capsys):
     """~ is the home folder; a figure that fails costs a sentence, and the rest is there."""
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
-    monkeypatch.setattr("kit.figures.line", lambda *given, **more: 1 / 0)
+    monkeypatch.setattr(figures, "save", save)
+    monkeypatch.setattr(figures, "line", lambda *given, **more: 1 / 0)
     assert main(small_run(data, hub, "--layers", "1", "--out", "~/out")) == 0
     assert not Path("~").exists()
     assert "no figure of hierarchy: ZeroDivisionError" in capsys.readouterr().out

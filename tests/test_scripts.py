@@ -14,6 +14,7 @@ from conftest import ROOT, WNIDS, small_run, write_images
 
 import reproduce
 from kit import look, scores
+from kit.figures import save
 from kit.tables import write_csv
 from sae import SparseAutoencoder, learning_rate
 
@@ -69,6 +70,7 @@ def test_scripts_on_the_folder_of_a_run(data, hub, work, script, monkeypatch):
     for nothing in ([], ["nowhere"]):
         code, said = script("kit.compare", *nothing)
         assert code == 2 and "give output folders of runs" in said
+    monkeypatch.setattr("kit.figures.save", save)
     script("kit.compare", "out")
     names = ("fvu", "height", "matched", "one_unit", "layers")
     drawn = {f"{name}{ending}" for name in names for ending in (".png", ".pdf")}
