@@ -206,6 +206,8 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, hub, monke
         change(home / name, old, new)
         before = made()
         assert main(run) == 0 and made_again(before) == stages, new
+    tables = [path.read_text() for path in Path("out/results").glob("*/tables.md")]
+    assert not any("other settings tried" in text for text in tables)  # but for their code alike
     for more, stages in (
         (["--layers", "1,2"], saes | {"tokens"}),
         (["--top-k", "3"], scores),
