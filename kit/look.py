@@ -6,7 +6,6 @@ With the run's own model, transform and SAE (first seed, last layer): for each i
 the largest values, with the general term that names each and how well it does (match, from 0 to 1).
 """
 import csv
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from dinov2_hooks import BackboneError, class_tokens
 from kit.data import read_image
 from kit.files import RESULTS, InputError
 from kit.inputs import find_model
+from kit.made_of import read_json
 from sae import SAEError, SparseAutoencoder
 
 SHOWN = 5  # latents of an image
@@ -41,7 +41,7 @@ def main(run, *images):
         raise InputError(f"{run} holds no results, or no image is given: python -m kit.look RUN "
                          "IMAGE, RUN being the output folder of a run")
     # the newest results say with what they were made
-    results = json.loads(paths[-1].read_text(encoding="utf-8"))
+    results = read_json(paths[-1])
     settings = SimpleNamespace(**results["settings"])
     model, transform = find_model(settings, out)
     layer = results["layers"][-1]["layer"]

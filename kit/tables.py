@@ -211,5 +211,6 @@ def write_tables(folder, title, note, tables, layers):
     for name, rows in shown.items():
         text.append(f"## {name.replace('_', ' ').capitalize()}\n\n{markdown(rows)}")
     (folder / "tables.md").write_text("\n\n".join(text) + "\n", "utf-8", "backslashreplace")
-    (folder / "results.json").write_text(to_json(tables | {"latents": "latents.csv"}) + "\n")
+    large = {name: f"{name}.csv" for name in ("latents", "hypernyms")}
+    (folder / "results.json").write_text(to_json(tables | large) + "\n")
     return shown, sentences
