@@ -304,7 +304,9 @@ def test_lines_of_figures_are_the_tables():
             where = {"dictionary": name, "tree": tree}
             assert line == over(tables["hierarchy"], column, "layer", layers, **where)
     few, depth = drawn("by_units", tables), drawn("by_layer", tables)
-    del depth[3], depth[-1]  # the token's
+    for tree, line in (("permuted", depth.pop()), ("wordnet", depth.pop(3))):
+        where = {"dictionary": "token", "tree": tree}
+        assert line == over(tables["probes"], "iou", "layer", layers, **where)
     for (name, tree), *lines in zip(kinds, few, depth, strict=True):
         where = {"dictionary": name, "tree": tree}
         assert lines[0] == over(tables["probes"], "iou", "units", units, layer=9, **where)
