@@ -36,7 +36,7 @@ from dinov2_hooks import (HUB, BackboneError, ImageError, check_class_token, fin
 from kit import figures, hub, made_of, report
 from kit.claims import claims_of
 from kit.data import Decoded, fingerprint, workers_for
-from kit.files import RANK, RESULTS, InputError, check_disk, lock, write_aside
+from kit.files import RANK, InputError, check_disk, finished_results, lock, write_aside
 from kit.inputs import find_inputs, where_to
 from kit.processes import RANKS, barrier, plain_streams, run_as_command
 from kit.rows import emergence_rows, height_rows, matched_sets
@@ -423,16 +423,15 @@ def write_results(settings, inputs, out, jobs, record, ids):
     title = f"{settings.backbone} on {Path(settings.data).resolve().name}"
     title = "The built-in demo" if settings.data == "demo" else title
     # what the other sparsities that were tried here have
-    earlier = [path for path in out.glob(RESULTS) if not path.parent.name.endswith(".part")]
-    tried = [made_of.read_json(path) for path in earlier]
+    tried = map(made_of.read_json, finished_results(out))
     others = [last_layer_of(tables) for tables in tried if is_other_sparsity(record, tables)]
     record["others"] = {"(L0, matched)": others}
     with write_aside(folder) as part:
         part.mkdir()
-        shown, sentences = write_tables(part, title, inputs.note, record, inputs.layers)
+        sentences = write_tables(part, title, inputs.note, record, inputs.layers)
         pictures = figures.draw(part / "figures", record, inputs.layers)
         inputs.model.to(settings.device)  # for the maps
-        report.write_page(part, title, inputs, record, saes, ids, shown, sentences, pictures)
+        report.write_page(part, title, inputs, record, saes, ids, sentences, pictures)
         made_of.write_json(part / made_of.NAME, made)
     print(report.printed(sentences, record["claims"]))
     if settings.push_to_hub:

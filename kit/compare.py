@@ -72,11 +72,11 @@ def main(*runs):
     write_csv(folder / "sparsity.csv", shown)
     (folder / "sparsity.md").write_text(markdown(shown), encoding="utf-8")
     for name, (title, table, column, *kinds) in PANELS.items():
-        shown, line_of, key = rows[table], "setting", "layer"
+        drawn, line_of, key = rows[table], "setting", "layer"
         if name != "layers":
-            shown = [row for row in shown if row["layer"] == row["last"]]
+            drawn = [row for row in drawn if row["layer"] == row["last"]]
             line_of, key = "line", "L0"
-        save(folder / name, title, draw, shown, line_of, key, column, *kinds)
+        save(folder / name, title, draw, drawn, line_of, key, column, *kinds)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ HISTORIES = {  # of training.csv
     "loss": "Loss by training step", "active": "Active latents (L0) by training step",
     "dead": "Share of silent latents by training step"}
 MOST_ROWS = 60  # of the picture, on a slide
+SQUARE = np.array([[-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1]]) * 0.47  # a frame: its corners, x and y
 
 
 def label_layers(axis, layers, **labels):
@@ -133,9 +134,6 @@ def draw_picture(axis, tables, layers):
     axis.set_yticks(range(len(names)), labels, fontsize=7, ha="left")
     axis.tick_params(axis="y", pad=max(map(len, labels), default=0) * 4)
     axis.set(xlabel="layer", xticks=range(len(layers)), xticklabels=layers)
-
-
-SQUARE = np.array([[-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1]]) * 0.47
 
 
 def all_figures():

@@ -10,8 +10,7 @@ try:
 except ImportError:  # Windows: there, two runs in one output folder are not told apart
     fcntl = None
 
-
-RESULTS = "results/*/results.json"  # in a run's folder; of one that was killed in a .part
+RESULTS = "results/*/results.json"  # in a run's folder
 
 
 class InputError(ValueError):
@@ -31,6 +30,12 @@ def to_json(content):
     """Arrays and tensors become lists, NaN and infinity null."""
     text = json.dumps(content, default=lambda array: array.tolist())
     return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)
+
+
+def finished_results(out):
+    """The results.json of a run's folder, the newest last; not of what was killed, in a .part."""
+    finished = [path for path in out.glob(RESULTS) if not path.parent.name.endswith(".part")]
+    return sorted(finished, key=lambda path: path.stat().st_mtime)
 
 
 @contextmanager

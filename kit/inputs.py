@@ -12,7 +12,6 @@ from kit.files import InputError
 from sae import top_k_of
 from taxonomy import Taxonomy
 
-
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -66,7 +65,7 @@ def find_inputs(settings, out):
     if settings.data == "demo":
         print(demo.NOTE)
         untrained = demo.SmallViT()  # what is wrong is said before the ViT is trained
-        layers = check_model(settings, untrained, len(demo.CLASSES) * demo.IMAGES["train"])
+        check_model(settings, untrained, len(demo.CLASSES) * demo.IMAGES["train"])
         model, transform = find_model(settings, out)
         folder = demo.folder_of(out) / "images"
     train, val, classes = find_images(folder, settings.images_per_class)

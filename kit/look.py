@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import torch
 
-from dinov2_hooks import BackboneError, class_tokens
+from dinov2_hooks import BackboneError, class_tokens, layer_name
 from kit.data import read_image
-from kit.files import RESULTS, InputError
+from kit.files import InputError, finished_results
 from kit.inputs import find_model
 from kit.made_of import read_json
 from sae import SAEError, SparseAutoencoder
@@ -35,8 +35,7 @@ def names_in(path, layer):
 
 def main(run, *images):
     out = Path(run).expanduser()
-    paths = [path for path in out.glob(RESULTS) if not path.parent.name.endswith(".part")]
-    paths.sort(key=lambda path: path.stat().st_mtime)
+    paths = finished_results(out)
     if not paths or not images:
         raise InputError(f"{run} holds no results, or no image is given: python -m kit.look RUN "
                          "IMAGE, RUN being the output folder of a run")
@@ -45,7 +44,7 @@ def main(run, *images):
     settings = SimpleNamespace(**results["settings"])
     model, transform = find_model(settings, out)
     layer = results["layers"][-1]["layer"]
-    sae = SparseAutoencoder.from_pretrained(Path(out, results["saes"]) / f"layer_{layer:02d}")
+    sae = SparseAutoencoder.from_pretrained(Path(out, results["saes"], layer_name(layer)))
     names = names_in(paths[-1].with_name("latents.csv"), layer)
     # an image at a time: they may be of any number
     for name in images:

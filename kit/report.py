@@ -13,6 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dinov2_hooks import layer_name, relevancy_maps
 from kit import demo
+from kit.claims import claimed
 from kit.data import Decoded
 from kit.figures import COLUMNS, HISTORIES
 from kit.rows import terms_of
@@ -178,9 +179,9 @@ def sentence_of_claim(row):
     return f"{MARKS.get(row['verdict'], '–')} {row['claim']}: {row['verdict']} ({value})"
 
 
-def write_page(folder, title, inputs, record, sae_folder, ids, shown, sentences, pictures):
-    """report.html; the SAEs are the first seed's. shown, sentences: of `write_tables`; pictures:
-    {name: path} of the figures."""
+def write_page(folder, title, inputs, record, sae_folder, ids, sentences, pictures):
+    """report.html; the SAEs are the first seed's. sentences: of `write_tables`; pictures: {name:
+    path} of the figures."""
     whose = record["settings"]["backbone"]
     latents = Latents(inputs, record["settings"]["top_k"], sae_folder, ids)
     sections = []
@@ -189,8 +190,6 @@ def write_page(folder, title, inputs, record, sae_folder, ids, shown, sentences,
     main = [row for row in record["claims"] if row["claim"] in MAIN_CLAIMS]
     others = [row for row in record["claims"] if row["claim"] not in MAIN_CLAIMS]
     columns = "claim", "verdict", "value", "permuted", "low", "high", "p_value"
-    names = {*pictures} - {*COLUMNS, *HISTORIES, "hierarchy", "picture", "by_units", "by_layer",
-                           "agreement"}
     compared = {path.stem: path for path in (folder.parent.parent / "compare").glob("*.png")}
     parts = {
         "title": escape(title), "note": inputs.note,
@@ -203,7 +202,7 @@ def write_page(folder, title, inputs, record, sae_folder, ids, shown, sentences,
         "good": plots(pictures, [*HISTORIES, *COLUMNS]) + plots(compared, sorted(compared)),
         "claims": "".join(f"<p>{escape(sentence_of_claim(row))}</p>" for row in main),
         "other_claims": html_table([{key: row[key] for key in columns} for row in others]),
-        "others": plots(pictures, sorted(names)),
+        "others": plots(pictures, sorted(column for column, _ in claimed())),
         "probes": plots(pictures, ["by_units", "by_layer"]),
         "agreement": plots(pictures, ["agreement"]),
         "settings": escape(", ".join(f"{key} {value}" for key, value in record["settings"].items()

@@ -95,12 +95,16 @@ def doubts(tables, layers):
     return [f"Beware, {text} {', '.join(where)}." for text, where in bad.items()]
 
 
+def matched_by(tables, dictionary="sae", tree="wordnet"):
+    """How many hypernyms are matched in a run's last layer, the mean over seeds."""
+    where = {"layer": tables["layers"][-1]["layer"], "dictionary": dictionary, "tree": tree}
+    return values_of(tables["hierarchy"], "hypernyms_matched", **where).mean()
+
+
 def last_layer_of(tables):
     """(L0, hypernyms matched) of a run's SAEs in its last layer, means over seeds."""
     last = tables["layers"][-1]["layer"]
-    where = {"layer": last, "dictionary": "sae", "tree": "wordnet"}
-    matched = values_of(tables["hierarchy"], "hypernyms_matched", **where).mean()
-    return values_of(tables["layers"], "l0", layer=last).mean(), matched
+    return values_of(tables["layers"], "l0", layer=last).mean(), matched_by(tables)
 
 
 def is_other_sparsity(tables, others):
@@ -125,22 +129,20 @@ def terms_with_a_latent(tables, last):
     matched = sorted((row for row in rows if row["matched"]), key=lambda row: -row["classes"])
     examples = ", ".join(row["term"] for row in matched[:3])
     examples = f" ({examples} ...)" if examples else ""
-    counts = {}
-    for dictionary, tree in (("untrained", "wordnet"), ("sae", "permuted")):
-        where = {"layer": last, "dictionary": dictionary, "tree": tree}
-        counts[tree] = values_of(tables["hierarchy"], "hypernyms_matched", **where).mean()
+    by_chance = matched_by(tables, tree="permuted")
+    untrained = matched_by(tables, "untrained")
     l0, count = last_layer_of(tables)
     sentence = (
         f"{count:.3g} of {len(rows)} general terms{examples} have a latent of their own in the "
         f"last layer, confirmed on images it was not chosen on; by chance "
-        f"{counts['permuted']:.2g}, in an untrained SAE {counts['wordnet']:.3g}. That is at "
-        f"{l0:.3g} active latents per image (L0).")
-    others = sorted(tables["others"]["(L0, matched)"])
+        f"{by_chance:.2g}, in an untrained SAE {untrained:.3g}. That is at {l0:.3g} active latents "
+        "per image (L0).")
+    others = tables["others"]["(L0, matched)"]
     if others:
-        least, most = min(others, key=lambda x: x[1])[1], max(others, key=lambda x: x[1])[1]
-        sentence += (f" At the other settings tried, with an L0 of {others[0][0]:.3g} to "
-                     f"{others[-1][0]:.3g}, it is {least:.3g} to {most:.3g}.")
-    return sentence, count >= FOUND * len(rows) and count > max(counts.values())
+        sparsities, counts = zip(*others)
+        sentence += (f" At the other settings tried, with an L0 of {min(sparsities):.3g} to "
+                     f"{max(sparsities):.3g}, it is {min(counts):.3g} to {max(counts):.3g}.")
+    return sentence, count >= FOUND * len(rows) and count > max(by_chance, untrained)
 
 
 def findings(tables, layers):
@@ -200,8 +202,8 @@ def write_csv(path, rows):
 
 
 def write_tables(folder, title, note, tables, layers):
-    """Every table as CSV, those for reading as tables.md, all as results.json. Returns the tables
-    for reading, by name, and the findings."""
+    """Every table as CSV, those for reading as tables.md, all as results.json. Returns the
+    findings."""
     for name, rows in json.loads(to_json(tables)).items():
         if rows and isinstance(rows, list):
             write_csv(folder / f"{name}.csv", rows)
@@ -213,4 +215,4 @@ def write_tables(folder, title, note, tables, layers):
     (folder / "tables.md").write_text("\n\n".join(text) + "\n", "utf-8", "backslashreplace")
     large = {name: f"{name}.csv" for name in ("latents", "hypernyms")}
     (folder / "results.json").write_text(to_json(tables | large) + "\n")
-    return shown, sentences
+    return sentences

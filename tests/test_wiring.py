@@ -359,7 +359,7 @@ def test_the_page_shows_the_latent_of_the_row(tmp_path, monkeypatch):
     record = {"settings": settings, "hypernyms": rows, "claims": [claim]}
 
     def page():
-        write_page(tmp_path, "title", inputs, record, tmp_path, np.arange(1, 7), {}, ["answer"], {})
+        write_page(tmp_path, "title", inputs, record, tmp_path, np.arange(1, 7), ["answer"], {})
         return (tmp_path / "report.html").read_text()
 
     text = page()
